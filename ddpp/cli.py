@@ -1,0 +1,158 @@
+"""Command lines made from the configuration: one option a field, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+import torch
+
+from ddpp import config as configuration
+from ddpp.config import Config
+from ddpp.errors import UserError, nearest
+from ddpp.runs import Stopped
+
+Main = Callable[[Config, argparse.Namespace], None]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the nearest option instead of guessing, and says errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def parse_all(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            self.error(f"unknown argument {name}{nearest(name, self._option_string_actions)} See --help.")
+        return args
+
+
+def run(
+    stage: str,
+    description: str,
+    own: str,
+    sections: tuple[str, ...],
+    main: Main,
+    argv: Sequence[str] | None = None,
+    *,
+    arguments: Callable[[argparse.ArgumentParser], object] | None = None,
+    base: Callable[[argparse.Namespace], Config | None] = lambda args: None,
+) -> int:
+    """Parses a stage's command line and runs it.
+
+    Args:
+        stage: module name after ``ddpp.``.
+        own: the section whose options are bare; options of ``data``, ``model``, ``augment`` and ``run`` always are.
+        sections: all sections this stage reads.
+        arguments: adds the stage's arguments that are no configuration.
+        base: a saved configuration to start from, or None.
+
+    Returns:
+        The exit code: 0, 2 for wrong input, 128 + n after signal n.
+    """
+    parser = _parser(stage, description, own, sections)
+    if arguments:
+        arguments(parser)
+    args = parser.parse_all(argv)
+    try:
+        config = _resolve(args, base(args), own, sections)
+        _keep_pages()
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        main(config, args)
+    except UserError as e:
+        print(f"ddpp.{stage}: error: {e}", file=sys.stderr)
+        return 2
+    except Stopped as e:
+        print(f"ddpp.{stage}: {e}", file=sys.stderr)
+        return e.exit_code
+    except KeyboardInterrupt:
+        print(f"ddpp.{stage}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def device(config: Config) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        UserError: it does not exist here.
+    """
+    name = config.run.device
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError as e:
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from e
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu.")
+    return found
+
+
+def _parser(stage: str, description: str, own: str, sections: tuple[str, ...]) -> _Parser:
+    parser = _Parser(prog=f"python -m ddpp.{stage}", description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--preset", metavar="NAME", help="A published setting: " + ", ".join(configuration.preset_names())
+    )
+    parser.add_argument("--config", metavar="FILE", help="Options from a TOML file; options given here win.")
+    for section in sections:
+        group = parser.add_argument_group(section)
+        table = getattr(Config(), section)
+        for f in fields(table):
+            _add_option(group, type(table), f, section, own)
+    return parser
+
+
+def _add_option(group: Any, table: type, f: Any, section: str, own: str) -> None:
+    scalar, _, many = configuration.value_type(table, f.name)
+    name = f"--{_flag(section, f.name, own)}"
+    default = f.default if f.default not in (None, ()) else "chosen by ddpp"
+    text = f"{f.metadata['help']} (default: {default})"
+    common: dict[str, Any] = {
+        "dest": f"{section}.{f.name}",
+        "default": argparse.SUPPRESS,
+        "help": text.replace("%", "%%"),
+    }
+    if scalar is bool:
+        group.add_argument(name, action=argparse.BooleanOptionalAction, **common)
+    elif many:
+        group.add_argument(name, nargs="+", metavar="NAME", **common)
+    else:
+        metavar = "{" + ",".join(f.metadata["choices"]) + "}" if f.metadata["choices"] else scalar.__name__.upper()
+        group.add_argument(name, type=scalar, metavar=metavar, **common)
+
+
+def _flag(section: str, name: str, own: str) -> str:
+    bare = section in (own, "data", "model", "augment", "run")
+    return (name if bare else f"{section}_{name}").replace("_", "-")
+
+
+def _resolve(args: argparse.Namespace, base: Config | None, own: str, sections: tuple[str, ...]) -> Config:
+    config = base or Config()
+    if args.preset:
+        config = config.with_values(configuration.read_preset(args.preset), f"preset {args.preset}")
+    if args.config:
+        config = config.with_values(configuration.read_toml(args.config), args.config)
+    given = [(key.split("."), value) for key, value in vars(args).items() if "." in key]
+    for (section, name), value in given:
+        config = config.with_values({section: {name: value}}, f"--{_flag(section, name, own)}")
+    return config
+
+
+def _keep_pages() -> None:
+    """Tells glibc to keep freed memory: large tensors are otherwise mapped and faulted in anew at each step."""
+    mmap_max, trim_threshold = -4, -1
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    except (AttributeError, OSError):
+        return

@@ -1,0 +1,251 @@
+"""Every option of every stage: frozen dataclasses, one sentence a field, read from and written to TOML.
+
+A section is a dataclass; :class:`Config` holds one of each. A stage shows its own section's options bare and other
+stages' options behind the section's name: ``--epochs`` of ``ddpp.teachers`` is ``--teachers-epochs`` of
+``ddpp.distill``.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from ddpp.errors import UserError, nearest
+
+
+def option(
+    default: Any, text: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+) -> Any:
+    """A dataclass field with its help sentence and the values it accepts."""
+    return field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset: str = option("digits", "Data set: digits needs no files; folder reads any ImageFolder tree.")
+    data_root: str = option("data", "Folder of the data sets; for folder, the tree with train/ and test/.")
+    download: bool = option(False, "Download the data set into the data root if it is missing.")
+    image_size: int | None = option(None, "Resize images of a folder data set to this many pixels a side.", low=4)
+    zca: bool = option(False, "Whiten images with ZCA instead of normalising each channel.")
+    validation: float = option(0.1, "Share of the training images held out for --select val.", low=0, high=0.9)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model: str = option("convnet", "Architecture that teachers and students share.")
+    width: int = option(128, "Channels of each ConvNet layer.", low=1)
+    depth: int | None = option(
+        None, "Blocks of the ConvNet; by default 3 at 32 pixels, one more at each doubling.", low=1
+    )
+    norm: str = option(
+        "instance", "Normalisation of the ConvNet.", choices=("instance", "group", "layer", "batch", "none")
+    )
+    activation: str = option("relu", "Activation of the ConvNet.", choices=("relu", "leakyrelu", "sigmoid", "swish"))
+    pooling: str = option("avg", "Pooling of the ConvNet.", choices=("avg", "max", "none"))
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    strategy: str = option("auto", "Augmentation groups joined by _, 'none', or 'auto': all that suit the data set.")
+    mode: str = option(
+        "one", "Groups applied to a batch: one drawn at random, or all in a chain.", choices=("one", "all")
+    )
+
+
+@dataclass(frozen=True)
+class TeachersConfig:
+    folder: str | None = option(None, "Folder of the trajectories; by default named after data set and architecture.")
+    count: int = option(8, "Number of teachers.", low=1)
+    epochs: int = option(20, "Epochs of each teacher; one snapshot after each.", low=1)
+    lr: float = option(0.02, "Learning rate of the teachers' SGD.", low=0)
+    momentum: float = option(0.0, "Momentum of the teachers' SGD.", low=0, high=1)
+    weight_decay: float = option(0.0, "Weight decay of the teachers' SGD.", low=0)
+    batch: int = option(128, "Images in a batch.", low=1)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    method: str = option("ddpp", "Distillation method.")
+    ipc: int = option(1, "Synthetic images per class.", low=1)
+    steps: int = option(300, "Outer steps: updates of the synthetic images.", low=1)
+    inner_steps: int = option(20, "Inner steps: student updates in each outer step (J).", low=1)
+    teacher_span: int = option(2, "Epochs between the teacher's start and target (K).", low=1)
+    max_start_epoch: int = option(5, "Start epochs are drawn below this bound.", low=1)
+    epsilon: float = option(
+        0.1, "DDPP prunes parameters whose ratio to the teacher's, either way, is below this.", low=0, high=1
+    )
+    lr_pixels: float = option(10.0, "Learning rate of the pixels.", low=0)
+    lr_step_size: float = option(1e-4, "Learning rate of the student's step size.", low=0)
+    step_size: float = option(0.02, "First value of the learned step size.", low=1e-12)
+    momentum: float = option(0.5, "Momentum of pixels and step size.", low=0, high=1)
+    batch: int | None = option(None, "Synthetic images in an inner step; by default all.", low=1)
+    init: str = option("real", "Synthetic images start as real training images or as noise.", choices=("real", "noise"))
+    engine: str = option(
+        "adjoint", "How gradients are computed: constant memory, or the whole graph.", choices=("adjoint", "unrolled")
+    )
+    snapshot_every: int = option(100, "Outer steps between saved snapshots, which --select chooses from.", low=1)
+    checkpoint_every: int = option(50, "Outer steps between checkpoints.", low=1)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    models: tuple[str, ...] = option((), "Architectures to train; by default the one distilled with.")
+    networks: int = option(5, "Networks trained from scratch for each figure.", low=1)
+    epochs: int = option(300, "Epochs on the synthetic images; the rate falls to a tenth halfway.", low=1)
+    lr: float | None = option(None, "Learning rate; by default the learned step size.", low=0)
+    momentum: float = option(0.9, "Momentum of SGD.", low=0, high=1)
+    weight_decay: float = option(5e-4, "Weight decay of SGD.", low=0)
+    batch: int = option(256, "Images in a batch.", low=1)
+    full_epochs: int = option(30, "Epochs on all real images for the upper bound; 0 leaves it out.", low=0)
+    full_lr: float = option(0.01, "Learning rate on all real images.", low=0)
+    select: str = option("final", "Which snapshot is reported.", choices=("final", "val", "test"))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    seed: int = option(0, "Seed of every random draw.", low=0)
+    device: str = option("auto", "Device to run on: auto, cpu, cuda or cuda:N.")
+    threads: int | None = option(None, "CPU threads; by default as many as torch chooses.", low=1)
+    use_fused_kernels: bool = option(True, "Compiled kernels for loss and augmentation; without, pure PyTorch.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All sections. A stage reads those it needs."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    teachers: TeachersConfig = field(default_factory=TeachersConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def with_values(self, values: dict[str, dict[str, Any]], source: str) -> Config:
+        """A copy with the given options set, each checked.
+
+        Raises:
+            UserError: unknown section or option, or a value outside the range; the message names ``source``.
+        """
+        config = self
+        for section, table in values.items():
+            if section not in SECTIONS or not isinstance(table, dict):
+                raise UserError(
+                    f"{source}: unknown section [{section}]{nearest(section, SECTIONS)} Known: {', '.join(SECTIONS)}"
+                )
+            config = replace(config, **{section: _updated(getattr(config, section), section, table, source)})
+        return config
+
+    def to_toml(self) -> str:
+        return "\n".join(_table(name, getattr(self, name)) for name in SECTIONS)
+
+
+SECTIONS = tuple(f.name for f in fields(Config))
+
+
+def read_toml(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The tables of a configuration file.
+
+    Raises:
+        UserError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"cannot read the configuration file {path}: {e.strerror}") from e
+    except tomllib.TOMLDecodeError as e:
+        raise UserError(f"{path} is not valid TOML: {e}") from e
+
+
+def load(path: str | Path) -> Config:
+    """The configuration saved with a run."""
+    return Config().with_values(read_toml(path), str(path))
+
+
+def preset_names() -> list[str]:
+    return sorted(p.name.removesuffix(".toml") for p in _presets().iterdir() if p.name.endswith(".toml"))
+
+
+def read_preset(name: str) -> dict[str, dict[str, Any]]:
+    """The tables of a preset of the package.
+
+    Raises:
+        UserError: no preset of that name; the message names the nearest.
+    """
+    if name not in preset_names():
+        raise UserError(f"unknown preset {name!r}{nearest(name, preset_names())} Known: {', '.join(preset_names())}")
+    values = tomllib.loads((_presets() / f"{name}.toml").read_text(encoding="utf-8"))
+    return {section: table for section, table in values.items() if section in SECTIONS}
+
+
+def value_type(section: type, name: str) -> tuple[type, bool, bool]:
+    """(scalar type, whether None is allowed, whether it is a tuple) of one field."""
+    hint = get_type_hints(section)[name]
+    parts = get_args(hint)
+    if hint == tuple[str, ...]:
+        return str, False, True
+    if type(None) in parts:
+        return next(p for p in parts if p is not type(None)), True, False
+    return hint, False, False
+
+
+def _presets() -> Any:
+    return resources.files("ddpp") / "presets"
+
+
+def _updated(section: Any, name: str, table: dict[str, Any], source: str) -> Any:
+    known = {f.name: f for f in fields(section)}
+    for key, value in table.items():
+        if key not in known:
+            raise UserError(f"{source}: unknown option {key!r} in [{name}]{nearest(key, known)}")
+        table = {**table, key: _checked(type(section), known[key], value, f"{source}: {name}.{key}")}
+    return replace(section, **table)
+
+
+def _checked(section: type, entry: Any, value: Any, where: str) -> Any:
+    scalar, optional, many = value_type(section, entry.name)
+    if value is None and optional:
+        return None
+    if many:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+            raise UserError(f"{where} must be a list of names, got {value!r}")
+        return tuple(value)
+    if scalar is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, scalar) or (isinstance(value, bool) and scalar is not bool):
+        raise UserError(f"{where} must be of type {scalar.__name__}, got {value!r}")
+    meta = entry.metadata
+    if meta["choices"] and value not in meta["choices"]:
+        raise UserError(
+            f"{where} must be one of {', '.join(meta['choices'])}, got {value!r}{nearest(str(value), meta['choices'])}"
+        )
+    if scalar in (int, float):
+        low, high = meta["low"], meta["high"]
+        if value != value or (low is not None and value < low) or (high is not None and value > high):
+            raise UserError(f"{where} must be {_range(low, high)}, got {value!r}")
+    return value
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if high is None:
+        return f"at least {low}" if low is not None else "a number"
+    return f"between {low} and {high}"
+
+
+def _table(name: str, section: Any) -> str:
+    rows = [
+        f"{f.name} = {_toml(getattr(section, f.name))}" for f in fields(section) if getattr(section, f.name) is not None
+    ]
+    return "\n".join([f"[{name}]", *rows, ""])
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, (bool, str)):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)

@@ -1,0 +1,16 @@
+"""The one exception that reaches a person: it names what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Wrong input or an unusable file. Command lines print its text alone, without a traceback."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence: ``"; did you mean 'cifar10'?"`` for the closest of the known names, or a full stop."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."

@@ -1,0 +1,240 @@
+"""Run folders: files that are whole or absent, checkpoints, and stopping without losing anything."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import signal
+import tempfile
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ddpp import config as configuration
+from ddpp.config import SECTIONS, Config
+from ddpp.errors import UserError
+
+TEMPORARY = ".partial-"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place, flushed to disk, once the block has ended well.
+
+    Raises:
+        UserError: the file cannot be written (full disk, no permission); whatever stood at ``path`` is still there.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    except OSError as e:
+        raise _unwritable(path, e) from e
+    try:
+        yield Path(name)
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+        _sync_folder(path.parent)
+    except OSError as e:
+        raise _unwritable(path, e) from e
+    except SafetensorError as e:
+        raise UserError(f"cannot write {path}: {e}. Free some space or choose another folder.") from e
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+    """Saves tensors and JSON metadata as one safetensors file."""
+    whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(whole, str(temporary), metadata={"ddpp": json.dumps(meta, sort_keys=True)})
+
+
+def read_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What :func:`write_tensors` saved.
+
+    Raises:
+        UserError: the file is missing, cut short, or not ours; ``what`` names its purpose.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no {what} at {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            meta = (file.metadata() or {}).get("ddpp")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged or no {what}: {e}. Remove it, or restore it from a copy.") from e
+    if meta is None:
+        raise UserError(f"{path} is a safetensors file, but no {what} written by ddpp")
+    return tensors, json.loads(meta)
+
+
+class Log:
+    """A file of JSON lines, one an outer step; reopened for a resumed run at the step of its checkpoint."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if path.exists() and first_step > 0:
+            self.rows = [row for row in read_log(path) if row["step"] < first_step]
+        self._written = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def flush(self) -> None:
+        """Writes what is new; the first time the whole file, so that lines after the checkpoint vanish."""
+        if self._written == 0:
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        else:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.rows[self._written :])
+        self._written = len(self.rows)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a log; a line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+class Interruption:
+    """Within the block, Ctrl-C and SIGTERM set ``signal`` instead of ending the process; a second one ends it."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> Interruption:
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+class Stopped(Exception):
+    """The run stopped because a signal asked it to; everything is saved."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.exit_code = 128 + number
+
+
+def open_folder(path: Path, config: Config, *, resume: bool) -> Path:
+    """Makes a run folder and saves the resolved configuration, or checks that it holds this very run.
+
+    Raises:
+        UserError: it holds another run, an unfinished one without ``resume``, or foreign files.
+    """
+    saved = path / "config.toml"
+    if saved.is_file():
+        difference = _difference(configuration.load(saved), config)
+        if difference:
+            raise UserError(f"{path} holds another run ({difference}). Choose another --out.")
+        if not resume:
+            state = (
+                "a finished run"
+                if (path / "results.json").is_file()
+                else "an unfinished run; continue it with --resume"
+            )
+            raise UserError(f"{path} holds {state}. Or choose another --out.")
+        return path
+    if resume:
+        raise UserError(f"{path} holds no run to resume")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not a run folder. Choose another --out.")
+    write_text(saved, config.to_toml())
+    return path
+
+
+def unused_folder(base: Path) -> Path:
+    """``base``, or ``base-2``, ``base-3``, ... : the first that does not exist."""
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path
+
+
+def accuracy_table(results: dict[str, Any]) -> str:
+    """Test accuracy in percent, mean and standard deviation, as a Markdown table with its protocol."""
+    tables, protocol = results["models"], results["protocol"]
+    names = {"random": "random real images", "full": "all real data"}
+    rows = [f"| trained on | {' | '.join(tables)} |", "|---" * (len(tables) + 1) + "|"]
+    for condition in results["accuracy"]:
+        cells = [_cell(table[condition]) for table in tables.values()]
+        rows.append(f"| {names.get(condition, condition)} | {' | '.join(cells)} |")
+    chosen = {
+        "final": "the last outer step",
+        "val": "the snapshot best on held-out training images",
+        "test": "the snapshot best on the test images themselves, as papers often do: too high",
+    }[protocol["select"]]
+    return "\n".join(rows) + (
+        f"\n\nTest accuracy in percent, mean ± standard deviation (ddof {protocol['ddof']}) over "
+        f"{protocol['networks']} networks trained from scratch; synthetic images of {chosen}."
+    )
+
+
+def _cell(figures: dict[str, Any] | None) -> str:
+    return f"{figures['mean']:.1f} ± {figures['std']:.1f}" if figures else "not run"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory so far: of this process, or of torch's allocations on a CUDA device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def _difference(saved: Config, asked: Config) -> str:
+    rows = []
+    for section in SECTIONS:
+        old, new = getattr(saved, section), getattr(asked, section)
+        for f in fields(old):
+            if getattr(old, f.name) != getattr(new, f.name):
+                rows.append(f"{section}.{f.name} is {getattr(old, f.name)!r} there and {getattr(new, f.name)!r} here")
+    return ", ".join(rows)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    if error.errno == errno.ENOSPC:
+        return UserError(f"the disk is full: {path} was not written. Free some space and continue.")
+    return UserError(f"cannot write {path}: {error.strerror or error}")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,113 @@
+"""Options: checked, named with their nearest neighbour, and saved so that they read back equal."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from ddpp import cli, config
+from ddpp.config import Config
+from ddpp.errors import UserError
+from ddpp.registry import Registry
+
+
+def parsed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, Config | None, str]:
+    seen: list[Config] = []
+
+    def main(found: Config, args: argparse.Namespace) -> None:
+        seen.append(found)
+
+    try:
+        code = cli.run("distill", "test", "distill", config.SECTIONS, main, argv)
+    except SystemExit as e:
+        code = int(e.code or 0)
+    return code, seen[0] if seen else None, capsys.readouterr().err
+
+
+def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    asked = Config().with_values(
+        {
+            "distill": {"ipc": 7, "lr_step_size": 1e-7, "batch": 5},
+            "evaluate": {"models": ["convnet", "vgg11"]},
+            "data": {"zca": True, "data_root": 'a "quoted" \\ path'},
+        },
+        "test",
+    )
+    (tmp_path / "config.toml").write_text(asked.to_toml())
+    assert config.load(tmp_path / "config.toml") == asked
+
+
+def test_options_win_over_file_over_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.toml").write_text("[distill]\nsteps = 11\ninner_steps = 3\n")
+    argv = ["--preset", "mtt-cifar10-ipc10", "--config", str(tmp_path / "mine.toml"), "--inner-steps", "4"]
+    code, found, _ = parsed(argv, capsys)
+    assert code == 0 and found is not None
+    assert (found.distill.ipc, found.distill.steps, found.distill.inner_steps) == (10, 11, 4)
+
+
+def test_other_stages_options_carry_their_section(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, _ = parsed(["--teachers-epochs", "3", "--evaluate-epochs", "4", "--no-use-fused-kernels"], capsys)
+    assert code == 0 and found is not None
+    assert (found.teachers.epochs, found.evaluate.epochs, found.run.use_fused_kernels) == (3, 4, False)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ipcs", "3"], "unknown argument --ipcs; did you mean '--ipc'?"),
+        (["--ipc", "0"], "--ipc: distill.ipc must be at least 1, got 0"),
+        (["--ipc", "one"], "argument --ipc: invalid int value: 'one'"),
+        (["--epsilon", "1.5"], "must be between 0 and 1, got 1.5"),
+        (["--lr-pixels", "nan"], "must be at least 0, got nan"),
+        (["--init", "noisy"], "must be one of real, noise, got 'noisy'; did you mean 'noise'?"),
+        (["--preset", "mtt-cifar10-ip10"], "unknown preset 'mtt-cifar10-ip10'; did you mean 'mtt-cifar10-ipc10'?"),
+        (["--config", "absent.toml"], "cannot read the configuration file absent.toml"),
+    ],
+)
+def test_wrong_options_are_named(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, text = parsed(argv, capsys)
+    assert (code, found) == (2, None)
+    assert message in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[distil]\n", r"unknown section \[distil\]; did you mean 'distill'"),
+        ("[distill]\nipcs = 1\n", r"unknown option 'ipcs' in \[distill\]; did you mean 'ipc'"),
+        ('[distill]\nipc = "1"\n', "distill.ipc must be of type int, got '1'"),
+        ("[distill]\nipc = true\n", "distill.ipc must be of type int, got True"),
+        ("[distill\n", "is not valid TOML"),
+    ],
+)
+def test_wrong_files_are_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        config.load(tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_every_preset_parses(name: str) -> None:
+    found = Config().with_values(config.read_preset(name), name)
+    assert f"{found.distill.method}-{found.data.dataset}-ipc{found.distill.ipc}" == name
+
+
+def test_every_option_has_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run("distill", "test", "distill", config.SECTIONS, lambda *_: None, ["--help"])
+    text = capsys.readouterr().out
+    for section in config.SECTIONS:
+        table = getattr(Config(), section)
+        for name, entry in type(table).__dataclass_fields__.items():
+            assert entry.metadata["help"].endswith("."), f"{section}.{name}"
+            assert name.replace("_", "-") in text
+
+
+def test_registry_names_the_nearest() -> None:
+    table: Registry[int] = Registry("colour")
+    table.register("green")(1)
+    assert table.get("green") == 1
+    with pytest.raises(UserError, match="unknown colour 'gren'; did you mean 'green'"):
+        table.get("gren")
+    with pytest.raises(KeyError, match="registered twice"):
+        table.register("green")(2)

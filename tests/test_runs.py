@@ -1,0 +1,115 @@
+"""Files are whole or absent, and a run folder holds one run."""
+
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpp import runs, seeds
+from ddpp.config import Config
+from ddpp.errors import UserError
+
+
+def test_tensors_come_back_with_their_metadata(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6).reshape(2, 3).t(), "b": torch.tensor(2.5)}
+    runs.write_tensors(tmp_path / "x.safetensors", tensors, {"step": 3})
+    found, meta = runs.read_tensors(tmp_path / "x.safetensors", "checkpoint")
+    assert meta == {"step": 3}
+    assert torch.equal(found["a"], tensors["a"]) and torch.equal(found["b"], tensors["b"])
+
+
+def _fail_half_way(path: Path) -> None:
+    with runs.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    runs.write_text(tmp_path / "x", "old")
+    with pytest.raises(UserError, match=r"the disk is full: .*x was not written"):
+        _fail_half_way(tmp_path / "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "old"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_said(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write"):
+        runs.write_text(tmp_path / "x", "text")
+
+
+def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(UserError, match="there is no checkpoint at"):
+        runs.read_tensors(path, "checkpoint")
+    runs.write_tensors(path, {"a": torch.zeros(100)}, {})
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(UserError, match="is damaged or no checkpoint"):
+        runs.read_tensors(path, "checkpoint")
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, str(path))
+    with pytest.raises(UserError, match="but no checkpoint written by ddpp"):
+        runs.read_tensors(path, "checkpoint")
+
+
+def test_a_log_continues_at_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = runs.Log(path, 0)
+    for step in range(5):
+        log.add({"step": step})
+    log.flush()
+    with open(path, "a") as file:
+        file.write('{"step": 5, "lo')  # a crash in the middle of a line
+    log = runs.Log(path, 3)
+    log.add({"step": 3})
+    log.flush()
+    log.add({"step": 4})
+    log.flush()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
+
+
+def test_a_folder_holds_one_run(tmp_path: Path) -> None:
+    folder, config = tmp_path / "run", Config()
+    runs.open_folder(folder, config, resume=False)
+    other = config.with_values({"distill": {"ipc": 10}}, "test")
+    with pytest.raises(UserError, match=r"holds another run \(distill.ipc is 1 there and 10 here\)"):
+        runs.open_folder(folder, other, resume=True)
+    with pytest.raises(UserError, match="unfinished run; continue it with --resume"):
+        runs.open_folder(folder, config, resume=False)
+    assert runs.open_folder(folder, config, resume=True) == folder
+    with pytest.raises(UserError, match="holds no run to resume"):
+        runs.open_folder(tmp_path / "absent", config, resume=True)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="is not a run folder"):
+        runs.open_folder(tmp_path / "foreign", config, resume=False)
+
+
+def test_unused_folder_counts_up(tmp_path: Path) -> None:
+    assert runs.unused_folder(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a-2").mkdir()
+    assert runs.unused_folder(tmp_path / "a") == tmp_path / "a-3"
+
+
+def test_signals_are_noted_and_a_second_one_ends(tmp_path: Path) -> None:
+    with runs.Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_draws_depend_on_seed_and_place_alone() -> None:
+    first = torch.rand(3, generator=seeds.generator(1, "a", 2))
+    torch.rand(7)
+    assert torch.equal(first, torch.rand(3, generator=seeds.generator(1, "a", 2)))
+    assert not torch.equal(first, torch.rand(3, generator=seeds.generator(1, "a", 3)))
+    assert not torch.equal(first, torch.rand(3, generator=seeds.generator(2, "a", 2)))
