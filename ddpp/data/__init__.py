@@ -1,0 +1,120 @@
+"""Data sets: one file and one registration a source; :func:`load` gives tensors ready for training."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpp import seeds
+from ddpp.config import DataConfig
+from ddpp.data import digits, folder, torchvision_sets
+from ddpp.data.base import DATASETS, Raw
+from ddpp.data.preprocess import Transform, apply, fit_channels, fit_zca, from_pixels, to_pixels_from
+from ddpp.data.split import stratified
+from ddpp.errors import UserError
+
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "digits",
+    "folder",
+    "from_pixels",
+    "load",
+    "to_pixels_from",
+    "torchvision_sets",
+]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set on the CPU, normalised or whitened; the validation part is held out of the training part."""
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: Tensor  # [N, C, H, W] float32
+    train_labels: Tensor  # [N] int64
+    val_images: Tensor
+    val_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    preprocessing: str  # "channel" or "zca"
+    transform: Transform
+    flip: bool  # whether a mirrored image keeps its label
+    fingerprint: str  # of all pixels, labels and the preprocessing
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H and W of an image."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Images of this data set's space as pixels in [0, 1], for viewing. [N, C, H, W]"""
+        return to_pixels_from(self.transform, images)
+
+    def describe(self) -> dict[str, Any]:
+        """What must be equal for teachers trained on one data set to be used with another."""
+        return {
+            "name": self.name,
+            "classes": len(self.classes),
+            "shape": list(self.shape),
+            "preprocessing": self.preprocessing,
+            "training images": len(self.train_labels),
+            "fingerprint": self.fingerprint,
+        }
+
+
+def load(config: DataConfig) -> Dataset:
+    """Reads a data set, holds out a validation part, and normalises or whitens by the rest's statistics.
+
+    The held-out part is a share ``config.validation`` of each class and the same for every seed of a run.
+
+    Raises:
+        UserError: unknown name, missing, damaged or unfit data; the message says which and what to do.
+    """
+    reader = DATASETS.get(config.dataset)
+    if config.image_size and config.dataset != "folder":
+        raise UserError(f"--image-size is for --dataset folder, got it with {config.dataset}. Leave it out.")
+    raw = reader(config)
+    _check(raw)
+    train, held_out = stratified(raw.train_labels, config.validation, seeds.generator(0, "validation"))
+    images = {"train": raw.train_images[train], "val": raw.train_images[held_out], "test": raw.test_images}
+    labels = {"train": raw.train_labels[train], "val": raw.train_labels[held_out], "test": raw.test_labels}
+    preprocessing = "zca" if config.zca else "channel"
+    fingerprint = _fingerprint(preprocessing, raw.white, [*images.values(), *labels.values()])
+    if config.zca:
+        transform = fit_zca(images["train"], raw.white, fingerprint)
+    else:
+        transform = fit_channels(images["train"], raw.white)
+    return Dataset(
+        name=raw.name,
+        classes=raw.classes,
+        **{f"{part}_images": apply(transform, pixels, raw.white) for part, pixels in images.items()},
+        **{f"{part}_labels": values for part, values in labels.items()},
+        preprocessing=preprocessing,
+        transform=transform,
+        flip=raw.flip,
+        fingerprint=fingerprint,
+    )
+
+
+def _check(raw: Raw) -> None:
+    """What every source must give."""
+    if len(raw.classes) < 2:
+        raise UserError(f"{raw.name} has {len(raw.classes)} class, but classification needs two or more")
+    for part, labels in (("training", raw.train_labels), ("test", raw.test_labels)):
+        counts = torch.bincount(labels, minlength=len(raw.classes)).tolist()
+        empty = [name for name, count in zip(raw.classes, counts, strict=True) if count == 0]
+        if empty:
+            raise UserError(f"{raw.name} has no {part} image of class {', '.join(empty[:5])}. Add some.")
+
+
+def _fingerprint(preprocessing: str, white: int, tensors: list[Tensor]) -> str:
+    digest = hashlib.sha256(repr((preprocessing, white, [tuple(t.shape) for t in tensors])).encode())
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()

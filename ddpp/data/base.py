@@ -1,0 +1,50 @@
+"""What a reader gives, and the table of readers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpp.config import DataConfig
+from ddpp.errors import UserError
+from ddpp.registry import Registry
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A data set as read: whole numbers, nothing held out, nothing normalised."""
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: Tensor  # [N, C, H, W] uint8
+    train_labels: Tensor  # [N] int64
+    test_images: Tensor  # [N, C, H, W] uint8
+    test_labels: Tensor  # [N] int64
+    flip: bool  # whether a mirrored image keeps its label
+    white: int = 255  # the value that stands for 1
+
+
+Reader = Callable[[DataConfig], Raw]
+
+DATASETS: Registry[Reader] = Registry("data set")
+
+
+def library(module: str) -> Any:
+    """A module that only some readers need.
+
+    Raises:
+        UserError: it is missing, or was built for another torch.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError, OSError) as e:
+        package = module.partition(".")[0]
+        raise UserError(
+            f"{package} cannot be imported: {e}. Install one that fits torch {torch.__version__} "
+            f"(pip install --upgrade torch {package}), or take another --dataset."
+        ) from e

@@ -1,0 +1,116 @@
+"""Any tree of images: ``train/<class>/*`` and ``test/<class>/*`` under the data root."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpp.config import DataConfig
+from ddpp.data.base import DATASETS, Raw, library
+from ddpp.errors import UserError
+
+_CHUNK = 256  # files that a thread decodes in a row
+_PROGRESS_FROM = 2000  # files
+
+
+@DATASETS.register("folder")
+def folder(config: DataConfig) -> Raw:
+    """Reads the tree under ``config.data_root``; the data set is named after that folder.
+
+    Images are grey or RGB, 8 bits a channel; palettes become RGB and transparency is dropped. All must be
+    square and of one size, unless ``config.image_size`` is given: then the shorter side is resized to it
+    (bilinear, antialiased) and the centre kept.
+
+    Raises:
+        UserError: a part, class or image is missing, train and test differ in their classes, an image cannot
+            be read, or images differ in size or channels. The message names the file.
+    """
+    root = Path(config.data_root)
+    train, test = _list(root, "train"), _list(root, "test")
+    if train.classes != test.classes:
+        odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
+        raise UserError(f"train and test in {root} must have the same classes, but only one has {odd}")
+    images = _decode([path for path, _ in train.samples + test.samples], config.image_size)
+    labels = torch.tensor([label for _, label in train.samples + test.samples])
+    count = len(train.samples)
+    return Raw(
+        name=root.resolve().name or "folder",
+        classes=tuple(train.classes),
+        train_images=images[:count],
+        train_labels=labels[:count],
+        test_images=images[count:],
+        test_labels=labels[count:],
+        flip=True,
+    )
+
+
+def _list(root: Path, part: str) -> Any:
+    """The classes and files of one part."""
+    expected = f"expected images in {root / part / '<class>'}/"
+    if not (root / part).is_dir():
+        raise UserError(f"there is no folder {root / part}; {expected}. Name the tree with --data-root.")
+    try:
+        return library("torchvision.datasets").ImageFolder(root / part)
+    except FileNotFoundError as e:
+        raise UserError(f"{root / part}: {e}; {expected}. Add some, or remove the class.") from e
+
+
+def _decode(paths: Sequence[str], image_size: int | None) -> Tensor:
+    """All images as one tensor. [N, C, H, W] uint8"""
+    first = _read(paths[0], image_size)
+    if first.shape[0] != first.shape[1]:
+        raise UserError(f"{paths[0]} is {_size(first)}, but must be square. Crop images with --image-size.")
+    images = np.empty((len(paths), *first.shape), dtype=np.uint8)  # [N, H, W, C]
+
+    def decode(start: int) -> int:
+        chunk = range(start, min(start + _CHUNK, len(paths)))
+        for i in chunk:
+            image = _read(paths[i], image_size)
+            if image.shape != first.shape:
+                raise UserError(_difference(image, first, paths[i], paths[0]))
+            images[i] = image
+        return len(chunk)
+
+    progress = tqdm(total=len(paths), desc="read images", unit="image", disable=len(paths) < _PROGRESS_FROM)
+    with ThreadPoolExecutor() as pool, progress:
+        try:
+            for count in pool.map(decode, range(0, len(paths), _CHUNK)):
+                progress.update(count)
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def _read(path: str, image_size: int | None) -> NDArray[np.uint8]:
+    """One image. [H, W, C]"""
+    pillow, transforms = library("PIL.Image"), library("torchvision.transforms.functional")
+    try:
+        with pillow.open(path) as image:
+            if image.mode[0] in "IF":
+                raise UserError(f"{path} has more than 8 bits a channel. Convert it to an 8-bit image.")
+            image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    except (OSError, SyntaxError, pillow.DecompressionBombError) as e:
+        raise UserError(f"cannot read the image {path}: {e}. Replace or remove the file.") from e
+    if image_size and image.size != (image_size, image_size):
+        image = transforms.center_crop(transforms.resize(image, image_size), image_size)
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _difference(image: NDArray[np.uint8], first: NDArray[np.uint8], path: str, first_path: str) -> str:
+    if image.shape[2] != first.shape[2]:
+        return f"{path} has {image.shape[2]} channels, but {first_path} has {first.shape[2]}. Convert one kind."
+    return f"{path} is {_size(image)}, but {first_path} is {_size(first)}. Make them equal with --image-size."
+
+
+def _size(image: NDArray[np.uint8]) -> str:
+    return f"{image.shape[1]}x{image.shape[0]} pixels"

@@ -1,0 +1,355 @@
+"""Data sets: reading, splitting, normalising, whitening, and what bad input gets."""
+
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddpp import data, seeds
+from ddpp.config import DataConfig
+from ddpp.data import preprocess
+from ddpp.data.split import stratified
+from ddpp.errors import UserError
+
+try:
+    import torchvision
+    from PIL import Image
+except (ImportError, RuntimeError) as reason:
+    WHY_NO_TORCHVISION = f"torchvision cannot be imported: {reason}"
+    torchvision = None
+else:
+    WHY_NO_TORCHVISION = ""
+
+needs_torchvision = pytest.mark.skipif(torchvision is None, reason=WHY_NO_TORCHVISION)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ddpp"
+
+
+def save_image(path: Path, pixels: Any, mode: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(pixels, dtype=np.uint8))
+    (image.convert(mode) if mode else image).save(path)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Two classes of 6x6 colour images: five each to train on, two each to test on."""
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 5), ("test", 2)):
+        for name in ("cat", "dog"):
+            for i in range(count):
+                save_image(tmp_path / "pets" / part / name / f"{i}.png", draw.integers(0, 256, (6, 6, 3)))
+    return tmp_path / "pets"
+
+
+def read(tree: Path, **options: Any) -> data.Dataset:
+    return data.load(DataConfig(dataset="folder", data_root=str(tree), **options))
+
+
+def test_digits() -> None:
+    found = data.load(DataConfig(validation=0.1))
+    assert found.shape == (1, 8, 8)
+    assert len(found.train_labels) + len(found.val_labels) + len(found.test_labels) == 1797
+    assert found.classes == tuple("0123456789")
+    assert not found.flip
+    for labels in (found.train_labels, found.val_labels, found.test_labels):
+        assert labels.dtype == torch.int64
+        assert torch.bincount(labels).min() > 0.08 * len(labels)
+    for images in (found.train_images, found.val_images, found.test_images):
+        assert images.dtype == torch.float32
+        assert images.is_contiguous()
+    assert abs(found.train_images.mean()) < 1e-5
+    assert abs(found.train_images.std(correction=0) - 1) < 1e-5
+
+
+def test_pixels_come_back() -> None:
+    from sklearn.datasets import load_digits
+
+    for zca in (False, True):
+        found = data.load(DataConfig(zca=zca))
+        pixels = torch.cat([found.to_pixels(i) for i in (found.train_images, found.val_images, found.test_images)])
+        source = torch.from_numpy(load_digits().images).float() / 16
+        torch.testing.assert_close(pixels.sum((1, 2, 3)).sort().values, source.sum((1, 2)).sort().values)
+        torch.testing.assert_close(
+            data.from_pixels(found.transform, pixels[:5]), found.train_images[:5], atol=1e-4, rtol=0
+        )
+
+
+def test_the_transform_of_a_saved_table_gives_viewable_pixels() -> None:
+    found = data.load(DataConfig(zca=True))
+    noise = torch.randn(3, *found.shape) * 10
+    pixels = data.to_pixels_from({name: t.clone() for name, t in found.transform.items()}, noise)
+    assert torch.equal(pixels, found.to_pixels(noise))
+    assert 0 <= pixels.min() <= pixels.max() <= 1
+
+
+def test_twice_the_same_and_other_bytes_other_fingerprint() -> None:
+    first, again = data.load(DataConfig()), data.load(DataConfig())
+    assert torch.equal(first.train_images, again.train_images)
+    assert first.fingerprint == again.fingerprint
+    others = [data.load(DataConfig(zca=True)), data.load(DataConfig(validation=0.2))]
+    assert len({first.fingerprint, *(d.fingerprint for d in others)}) == 3
+
+
+def test_the_held_out_part_is_stratified_and_not_trained_on() -> None:
+    without, held = data.load(DataConfig(validation=0.0)), data.load(DataConfig(validation=0.25))
+    assert len(without.val_labels) == 0
+    assert without.val_images.shape == (0, 1, 8, 8)
+    assert len(held.train_labels) + len(held.val_labels) == len(without.train_labels)
+    shares = torch.bincount(held.val_labels) / torch.bincount(without.train_labels)
+    assert ((shares - 0.25).abs() < 0.01).all()
+    parts = held.to_pixels(torch.cat([held.train_images, held.val_images])).sum((1, 2, 3))
+    whole = without.to_pixels(without.train_images).sum((1, 2, 3))
+    torch.testing.assert_close(parts.sort().values, whole.sort().values)
+    assert torch.equal(held.test_labels, without.test_labels)
+
+
+def test_both_parts_keep_one_of_a_small_class() -> None:
+    labels = torch.tensor([0, 0, 1, 1, 1, 2])
+    first, second = stratified(labels, 0.1, seeds.generator(0))
+    assert sorted(torch.cat([first, second]).tolist()) == list(range(6))
+    assert labels[second].tolist() == [0, 1]
+    assert stratified(labels, 0.0, seeds.generator(0))[1].tolist() == []
+
+
+def test_channel_statistics_against_numpy() -> None:
+    images = torch.randint(0, 256, (2500, 3, 4, 4), dtype=torch.uint8)
+    images[:, 2] = 7
+    transform = preprocess.fit_channels(images, 255)
+    pixels = images.numpy().astype(np.float64) / 255
+    np.testing.assert_allclose(transform["mean"], pixels.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(transform["std"][:2], pixels.std((0, 2, 3))[:2], rtol=1e-6)
+    assert transform["std"][2] == 1
+    assert torch.isfinite(preprocess.apply(transform, images, 255)).all()
+
+
+def test_zca_against_an_independent_computation(cache: Path) -> None:
+    """The definition by singular values of the centred data, in float64."""
+    draw = torch.Generator().manual_seed(0)
+    mixed = torch.randn(2100, 12, generator=draw) @ torch.randn(12, 12, generator=draw)
+    images = (mixed * 12 + 128).clamp(0, 255).to(torch.uint8).view(2100, 3, 2, 2)
+    transform = preprocess.fit_zca(images, 255, "key")
+    flat = images.double().flatten(1).numpy() / 255
+    centred = flat - flat.mean(0)
+    _, singular, rotation = np.linalg.svd(centred, full_matrices=False)
+    values = singular**2 / (len(flat) - 1)
+    whiten = rotation.T @ np.diag((values + 0.1) ** -0.5) @ rotation
+    np.testing.assert_allclose(transform["whiten"], whiten, atol=1e-5)
+    np.testing.assert_allclose(transform["unwhiten"], np.linalg.inv(whiten), atol=1e-5)
+    whitened = preprocess.apply(transform, images, 255).flatten(1).double()
+    np.testing.assert_allclose(whitened, centred @ whiten, atol=1e-5)
+    expected = rotation.T @ np.diag(values / (values + 0.1)) @ rotation
+    np.testing.assert_allclose(np.cov(whitened.numpy().T), expected, atol=1e-5)
+
+
+def test_the_whitening_is_cached_and_a_damaged_cache_is_computed_again(cache: Path) -> None:
+    first = data.load(DataConfig(zca=True))
+    (path,) = cache.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    again = data.load(DataConfig(zca=True))
+    assert torch.equal(first.train_images, again.train_images)
+    assert path.read_bytes() == whole
+    (fitted,) = {p.stat().st_mtime_ns for p in cache.iterdir()}
+    assert torch.equal(data.load(DataConfig(zca=True)).train_images, first.train_images)
+    assert path.stat().st_mtime_ns == fitted
+
+
+def test_a_cache_folder_that_cannot_be_written_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert data.load(DataConfig(zca=True)).preprocessing == "zca"
+    assert "not cached" in capsys.readouterr().out
+
+
+def test_images_too_large_to_whiten() -> None:
+    with pytest.raises(UserError, match="--zca needs images of at most 12288 values, got 49152"):
+        preprocess.fit_zca(torch.zeros(1, 3, 128, 128, dtype=torch.uint8), 255, "key")
+
+
+@needs_torchvision
+def test_a_folder(tree: Path) -> None:
+    found = read(tree, validation=0.2)
+    assert (found.name, found.classes, found.shape) == ("pets", ("cat", "dog"), (3, 6, 6))
+    assert [len(labels) for labels in (found.train_labels, found.val_labels, found.test_labels)] == [8, 2, 4]
+    assert found.flip
+    picture = np.asarray(Image.open(tree / "test" / "dog" / "1.png")).transpose(2, 0, 1) / 255
+    np.testing.assert_allclose(found.to_pixels(found.test_images)[3], picture, atol=1e-5)
+    assert found.test_labels.tolist() == [0, 0, 1, 1]
+
+
+@needs_torchvision
+def test_grey_images_and_palettes(tree: Path) -> None:
+    for path in tree.rglob("*.png"):
+        save_image(path, np.full((6, 6), 100), "1" if path.name == "0.png" else "LA")
+    assert read(tree).shape == (1, 6, 6)
+    for path in tree.rglob("*.png"):
+        save_image(path, np.full((6, 6, 3), 100), "P" if path.name == "0.png" else "RGBA")
+    assert read(tree).shape == (3, 6, 6)
+
+
+@needs_torchvision
+def test_images_of_any_size_with_image_size(tree: Path) -> None:
+    left_white = np.zeros((10, 30, 3))
+    left_white[:, :6] = 255
+    save_image(tree / "test" / "dog" / "1.png", left_white)
+    found = read(tree, image_size=4)
+    assert found.shape == (3, 4, 4)
+    torch.testing.assert_close(found.to_pixels(found.test_images)[3], torch.zeros(3, 4, 4), atol=1e-5, rtol=0)
+
+
+def remove(path: Path) -> None:
+    for file in path.iterdir():
+        file.unlink()
+
+
+def rename(tree: Path) -> None:
+    (tree / "test" / "cat").rename(tree / "test" / "cow")
+
+
+@needs_torchvision
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: (t / "train").rename(t / "training"), r"no folder .*train; expected images in .*<class>"),
+        (lambda t: remove(t / "test" / "dog"), r"test: .*dog.*expected images in .*Add some"),
+        (rename, "must have the same classes, but only one has cat, cow"),
+        (
+            lambda t: save_image(t / "test" / "dog" / "1.png", np.zeros((6, 5, 3))),
+            r"1\.png is 5x6 pixels, but .*--image-size",
+        ),
+        (
+            lambda t: save_image(t / "train" / "dog" / "3.png", np.zeros((6, 6))),
+            r"3\.png has 1 channels, but .* has 3",
+        ),
+        (
+            lambda t: (t / "train" / "dog" / "3.png").write_bytes(b"no image"),
+            r"cannot read the image .*dog/3\.png",
+        ),
+        (lambda t: cut(t / "train" / "dog" / "3.png"), r"cannot read the image .*dog/3\.png"),
+        (lambda t: deep(t / "train" / "dog" / "3.png"), r"3\.png has more than 8 bits a channel"),
+        (lambda t: [remove(d) for d in t.glob("*/*")], "train: .*cat, dog"),
+        (
+            lambda t: save_image(t / "train" / "cat" / "0.png", np.zeros((6, 5, 3))),
+            r"0\.png is 5x6 pixels, but must be square",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_named(tree: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(tree)
+    with pytest.raises(UserError, match=message):
+        read(tree)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def deep(path: Path) -> None:
+    Image.fromarray(np.zeros((6, 6), dtype=np.uint16)).save(path)
+
+
+@needs_torchvision
+def test_an_empty_root_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--data-root"):
+        read(tmp_path)
+
+
+@needs_torchvision
+def test_one_class_is_not_enough(tree: Path) -> None:
+    for part in ("train", "test"):
+        remove(tree / part / "dog")
+        (tree / part / "dog").rmdir()
+    with pytest.raises(UserError, match="pets has 1 class"):
+        read(tree)
+
+
+def write_cifar10(root: Path) -> None:
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        rows = {"data": draw.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": list(range(10)) * 2}
+        (folder / name).write_bytes(pickle.dumps(rows))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+
+
+@needs_torchvision
+def test_cifar10_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of its format; the checksums alone are not those of the real ones."""
+    write_cifar10(tmp_path)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    found = data.load(DataConfig(dataset="cifar10", data_root=str(tmp_path), validation=0.0))
+    assert (found.name, found.shape, found.flip) == ("cifar10", (3, 32, 32), True)
+    assert (len(found.train_labels), len(found.test_labels)) == (100, 20)
+    assert found.classes[3] == "class 3"
+    first = pickle.loads((tmp_path / "cifar-10-batches-py" / "data_batch_1").read_bytes())["data"][0]
+    np.testing.assert_allclose(found.to_pixels(found.train_images)[0], first.reshape(3, 32, 32) / 255, atol=1e-5)
+
+
+def write_mnist(folder: Path, count: int = 20) -> None:
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        pixels = np.arange(count * 784, dtype=np.uint32).astype(np.uint8).tobytes()
+        header = b"".join(n.to_bytes(4, "big") for n in (2051, count, 28, 28))
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + pixels)
+        labels = (2049).to_bytes(4, "big") + count.to_bytes(4, "big") + bytes(i % 10 for i in range(count))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+
+
+@needs_torchvision
+@pytest.mark.parametrize(
+    ("name", "folder", "flip"), [("mnist", "MNIST", False), ("fashionmnist", "FashionMNIST", True)]
+)
+def test_mnist_through_torchvision(tmp_path: Path, name: str, folder: str, flip: bool) -> None:
+    write_mnist(tmp_path / folder / "raw")
+    found = data.load(DataConfig(dataset=name, data_root=str(tmp_path)))
+    assert (found.shape, found.flip, len(found.classes)) == ((1, 28, 28), flip, 10)
+
+
+@needs_torchvision
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "mnist", "fashionmnist"])
+def test_missing_data_says_how_to_get_it(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=rf"{name} in .* is missing or incomplete.*--download"):
+        data.load(DataConfig(dataset=name, data_root=str(tmp_path)))
+
+
+@needs_torchvision
+def test_half_a_download_is_noticed(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "MNIST" / "raw")
+    cut(tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte")
+    with pytest.raises(UserError, match=r"mnist in .* is missing or incomplete.*--download"):
+        data.load(DataConfig(dataset="mnist", data_root=str(tmp_path)))
+    write_cifar10(tmp_path)
+    with pytest.raises(UserError, match=r"cifar10 in .* is missing or incomplete.*--download"):
+        data.load(DataConfig(dataset="cifar10", data_root=str(tmp_path)))
+
+
+def test_without_torchvision_digits_still_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(UserError, match=r"torchvision cannot be imported: .*pip install"):
+        data.load(DataConfig(dataset="cifar10", data_root=str(tmp_path)))
+    assert data.load(DataConfig()).name == "digits"
+
+
+def test_image_size_is_for_folders() -> None:
+    with pytest.raises(UserError, match="--image-size is for --dataset folder, got it with digits"):
+        data.load(DataConfig(image_size=16))
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown data set 'cifar-10'; did you mean 'cifar10'"):
+        data.load(DataConfig(dataset="cifar-10"))
