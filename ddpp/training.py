@@ -1,0 +1,143 @@
+"""Training and testing of networks on images held in memory; teachers and evaluation share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpp import augment, seeds
+from ddpp.errors import UserError
+from ddpp.ops import dsa_augment
+
+_STEPS_DRAWN_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained by SGD.
+
+    Attributes:
+        epochs: passes over the images.
+        decay: once, after epoch ``epochs // 2 + 1`` counted from 0, the rate falls to a tenth and momentum
+            begins at 0. Source: the published code of Cazenavette et al. (arXiv 2203.11932).
+    """
+
+    epochs: int
+    lr: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    batch: int = 256
+    decay: bool = False
+
+
+def fit(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+    groups: Collection[str] = (),
+    mode: str = "one",
+    fused: bool = True,
+    on_step: Callable[[], None] | None = None,
+    on_epoch: Callable[[], None] | None = None,
+) -> bool:
+    """Trains a network in place. Every draw depends on ``seed`` alone.
+
+    Args:
+        model: the network; moved to ``device``.
+        images: normalised or whitened images. [N, C, H, W]
+        labels: class indices int64 [N], or soft labels as logits, floating point [N, K]: the loss is then
+            -sum softmax(labels) log_softmax(outputs), as in DATM (arXiv 2310.05773).
+        groups: augmentation groups, none for no augmentation.
+        mode: ``"one"`` group a batch, or ``"all"`` of them.
+        fused: compiled augmentation, or pure PyTorch.
+        on_step: called after each update.
+        on_epoch: called after each epoch.
+
+    Returns:
+        Whether every loss was finite. A network that diverged keeps what it became.
+
+    Raises:
+        UserError: no images, or not as many labels.
+    """
+    if len(images) == 0 or len(labels) != len(images):
+        raise UserError(f"training needs one label an image, got {len(images)} and {len(labels)}")
+    model.to(device).train()
+    images, labels = images.to(device), labels.to(device)
+    targets = labels.softmax(1) if labels.is_floating_point() else labels
+    optimizer = _sgd(model, recipe, recipe.lr)
+    losses = torch.zeros((), device=device)  # stays on the device: nothing waits for it before the end
+    for epoch, batches in enumerate(_epochs(images.shape, recipe, seed, device, groups, mode)):
+        if recipe.decay and epoch == recipe.epochs // 2 + 2:
+            optimizer = _sgd(model, recipe, recipe.lr * 0.1)
+        for chosen, plan in batches:
+            batch = images[chosen] if plan is None else dsa_augment(images[chosen], plan, fused=fused)
+            loss = F.cross_entropy(model(batch), targets[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses += loss.detach()
+            if on_step:
+                on_step()
+        if on_epoch:
+            on_epoch()
+    return bool(torch.isfinite(losses))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, device: torch.device, batch: int = 500) -> float:
+    """Share of images [N, C, H, W] that a network classifies as their labels [N] say, in percent.
+
+    A network whose outputs are not numbers has the accuracy of always answering the first class.
+    """
+    training = model.training
+    model.eval()
+    right = torch.zeros((), dtype=torch.int64, device=device)
+    for part, truth in zip(images.split(batch), labels.split(batch), strict=True):
+        right += (model(part.to(device)).argmax(1) == truth.to(device)).sum()
+    model.train(training)
+    return 100 * int(right) / len(labels)
+
+
+def _sgd(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        model.parameters(), lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
+    )
+
+
+def _epochs(
+    shape: torch.Size,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    groups: Collection[str],
+    mode: str,
+) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+    """For each epoch its batches: the chosen images and their augmentation plan.
+
+    Draws are made on the CPU for many steps at once: a synthetic set of one batch would otherwise wait for
+    the device in each epoch.
+    """
+    count, _, height, width = shape
+    steps = -(-count // recipe.batch)
+    together = max(1, _STEPS_DRAWN_AT_ONCE // steps)  # epochs
+    for first in range(0, recipe.epochs, together):
+        epochs = min(together, recipe.epochs - first)
+        draw = seeds.generator(seed, "epochs", first)
+        orders = torch.stack([torch.randperm(count, generator=draw) for _ in range(epochs)]).to(device)
+        plans: list[Tensor | None] = [None] * (epochs * steps)
+        if groups:
+            size = epochs * steps, min(recipe.batch, count), height, width
+            plans = list(augment.draw(*size, groups=groups, mode=mode, generator=draw).to(device))
+        for epoch, order in enumerate(orders):
+            yield [
+                (chosen, plan if plan is None else plan[: len(chosen)])
+                for chosen, plan in zip(order.split(recipe.batch), plans[epoch * steps :], strict=False)
+            ]

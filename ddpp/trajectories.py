@@ -1,0 +1,167 @@
+"""The teachers' files: one safetensors file a trajectory, whole or absent, read two rows at a time.
+
+A file holds ``snapshots`` [E + 1, P], the flat parameters before the first epoch and after each one,
+``accuracy`` [E + 1] in percent, and as metadata what the teacher was: layout, model, data set, recipe,
+augmentation, seed and index.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ddpp import runs
+from ddpp.errors import UserError
+from ddpp.models import flat
+from ddpp.models.flat import Layout
+
+FORMAT = 1
+KIND = "trajectory"
+
+_NAME = re.compile(r"teacher-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One teacher's file. Only its header is in memory."""
+
+    path: Path
+    epochs: int
+    layout: Layout
+    meta: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Trajectory:
+        """Reads the header.
+
+        Raises:
+            UserError: the file is missing, cut short, or no trajectory of this format.
+        """
+        advice = "Remove it, or restore it from a copy; a missing teacher is trained again."
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = json.loads((file.metadata() or {}).get("ddpp", "{}"))
+                shapes = {n: file.get_slice(n).get_shape() for n in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError, ValueError) as e:
+            raise UserError(f"{path} is damaged or no trajectory: {e}. {advice}") from e
+        if not isinstance(meta, dict) or meta.get("kind") != KIND or meta.get("format") != FORMAT:
+            raise UserError(f"{path} is no trajectory of format {FORMAT} written by ddpp. {advice}")
+        layout = tuple((name, tuple(shape)) for name, shape in meta["layout"])
+        rows = meta["recipe"]["epochs"] + 1
+        if shapes != {"snapshots": [rows, flat.size(layout)], "accuracy": [rows]}:
+            raise UserError(f"{path} is damaged: its tensors have other shapes than it says. {advice}")
+        return cls(Path(path), rows - 1, layout, meta)
+
+    def rows(self, start: int, target: int) -> tuple[Tensor, Tensor]:
+        """The parameters after ``start`` and after ``target`` epochs, float32 on the CPU. [P], [P]
+
+        Nothing else of the file is read.
+
+        Raises:
+            UserError: an epoch beyond the trajectory, or the file changed since it was opened.
+        """
+        for name, epoch in (("start", start), ("target", target)):
+            if not 0 <= epoch <= self.epochs:
+                raise UserError(f"{self.path}: {name} epoch must be between 0 and {self.epochs}, got {epoch}")
+        with self._file() as file:
+            snapshots = file.get_slice("snapshots")
+            return snapshots[start : start + 1][0].clone(), snapshots[target : target + 1][0].clone()
+
+    def accuracy(self) -> list[float]:
+        """Before and after each epoch, in percent: of held-out images, or of training images if none were.
+
+        Raises:
+            UserError: the file changed since it was opened.
+        """
+        with self._file() as file:
+            return [float(a) for a in file.get_tensor("accuracy")]
+
+    def check(self, expected: dict[str, dict[str, Any]]) -> None:
+        """Compares parts of the metadata, such as ``model``, ``dataset`` and ``recipe``.
+
+        Raises:
+            UserError: a difference; the first one is named.
+        """
+        for part, values in expected.items():
+            found = self.meta.get(part, {})
+            for key, value in values.items():
+                if found.get(key) != value:
+                    raise UserError(
+                        f"{self.path} holds a teacher of another {part}: {key} is {found.get(key)!r} there "
+                        f"and {value!r} here. Give the same options, or another folder of teachers."
+                    )
+
+    @contextlib.contextmanager
+    def _file(self) -> Iterator[Any]:
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                yield file
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{self.path} cannot be read any more: {e}. Train the teacher again.") from e
+
+
+def write(path: Path, snapshots: Sequence[Tensor], accuracy: Sequence[float], meta: dict[str, Any]) -> None:
+    """Writes one trajectory, without a second copy of it in memory.
+
+    Args:
+        snapshots: float32 vectors on the CPU. E + 1 of [P]
+        accuracy: one for each snapshot, in percent.
+        meta: ``layout``, ``recipe`` with its ``epochs``, and whatever :meth:`Trajectory.check` is to compare.
+
+    Raises:
+        UserError: the file cannot be written; nothing is left of it.
+    """
+    rows, size = len(snapshots), snapshots[0].numel()
+    end = 4 * rows * size
+    header = {
+        "__metadata__": {"ddpp": json.dumps({"format": FORMAT, "kind": KIND, **meta}, sort_keys=True)},
+        "snapshots": {"dtype": "F32", "shape": [rows, size], "data_offsets": [0, end]},
+        "accuracy": {"dtype": "F32", "shape": [rows], "data_offsets": [end, end + 4 * rows]},
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    with runs.replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for vector in (*snapshots, torch.tensor(accuracy)):
+            file.write(vector.numpy().astype("<f4", copy=False).data)
+
+
+def file_name(index: int) -> str:
+    return f"teacher-{index:03d}.safetensors"
+
+
+def open_folder(folder: Path, expected: dict[str, dict[str, Any]], count: int | None = None) -> dict[int, Trajectory]:
+    """The first ``count`` trajectories of a folder by their index, each checked against ``expected``.
+
+    Left-overs of a killed run are ignored.
+
+    Raises:
+        UserError: a foreign or damaged file, or a teacher that is not what is expected; the message names it.
+    """
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        name = _NAME.fullmatch(path.name)
+        if path.name.startswith("."):
+            continue
+        if not name:
+            raise UserError(f"{path} is no teacher's file. Remove it, or name another folder of teachers.")
+        if count is None or int(name[1]) < count:
+            found[int(name[1])] = Trajectory.open(path)
+            found[int(name[1])].check(expected)
+    return dict(sorted(found.items()))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed run had begun to write."""
+    for path in folder.glob(f"{runs.TEMPORARY}*"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,246 @@
+"""STAGE 1: teachers that depend on seed and index alone, whatever happens on the way."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpp import data, models, runs, seeds, teachers, training, trajectories
+from ddpp.config import AugmentConfig, Config, DataConfig, ModelConfig, RunConfig, TeachersConfig
+from ddpp.data import Dataset
+from ddpp.errors import UserError
+from ddpp.models import flat
+from ddpp.training import Recipe
+from ddpp.trajectories import Trajectory
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Bytes are the same for the same number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    """A tenth of the digits."""
+    whole = data.load(DataConfig())
+    return replace(whole, train_images=whole.train_images[::10], train_labels=whole.train_labels[::10])
+
+
+def settings(folder: Path, *, seed: int = 0, strategy: str = "auto", width: int = 4, **options: object) -> Config:
+    return Config(
+        model=ModelConfig(width=width),
+        augment=AugmentConfig(strategy=strategy),
+        teachers=replace(TeachersConfig(folder=str(folder), count=2, epochs=3, lr=0.1, batch=32), **options),
+        run=RunConfig(seed=seed),
+    )
+
+
+def train(config: Config, dataset: Dataset) -> Path:
+    return teachers.train(config, dataset, CPU, progress=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def open_all(folder: Path, config: Config, dataset: Dataset) -> list[Trajectory]:
+    network = models.build(config.model, dataset.shape, len(dataset.classes), seed=0)
+    return teachers.open_all(folder, config, dataset, network)
+
+
+def test_snapshots_follow_the_training(tmp_path: Path, dataset: Dataset) -> None:
+    """Row e is the network after e epochs, and no row aliases a later one."""
+    config = settings(tmp_path, count=1, strategy="none")
+    (found,) = open_all(train(config, dataset), config, dataset)
+    model = models.build(config.model, dataset.shape, 10, seed=seeds.derive(0, "teacher", 0, "network"))
+    rows = [flat.flatten(model)]
+    training.fit(
+        model,
+        dataset.train_images,
+        dataset.train_labels,
+        Recipe(3, lr=0.1, batch=32),
+        seed=seeds.derive(0, "teacher", 0, "training"),
+        device=CPU,
+        on_epoch=lambda: rows.append(flat.flatten(model)),
+    )
+    for epoch, row in enumerate(rows):
+        assert torch.equal(found.rows(epoch, 0)[0], row)
+    last = training.accuracy(model, dataset.val_images, dataset.val_labels, device=CPU)
+    assert found.accuracy()[-1] == pytest.approx(last)
+
+
+def test_without_a_held_out_part_accuracy_is_of_the_training_part(tmp_path: Path, dataset: Dataset) -> None:
+    without = replace(dataset, val_images=dataset.val_images[:0], val_labels=dataset.val_labels[:0])
+    config = settings(tmp_path, count=1)
+    (found,) = open_all(train(config, without), config, without)
+    model = models.build(config.model, dataset.shape, 10, seed=0)
+    flat.load_flat_(model, found.rows(0, 3)[1])
+    expected = training.accuracy(model, dataset.train_images, dataset.train_labels, device=CPU)
+    assert found.accuracy()[-1] == pytest.approx(expected)
+
+
+def test_a_seed_gives_the_same_bytes(tmp_path: Path, dataset: Dataset) -> None:
+    first, again, other = (
+        contents(train(settings(tmp_path / name, seed=seed), dataset)) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert list(first) == ["teacher-000.safetensors", "teacher-001.safetensors"]
+    assert first == again
+    assert first != other
+    assert first["teacher-000.safetensors"] != first["teacher-001.safetensors"]
+
+
+def test_missing_teachers_are_added_and_finished_ones_kept(tmp_path: Path, dataset: Dataset) -> None:
+    whole = contents(train(settings(tmp_path / "whole", count=3), dataset))
+    folder = train(settings(tmp_path / "parts", count=1), dataset)
+    before = (folder / "teacher-000.safetensors").stat().st_mtime_ns
+    (folder / f"{runs.TEMPORARY}killed.safetensors").write_bytes(b"half")
+    train(settings(folder, count=3), dataset)
+    assert contents(folder) == whole
+    assert (folder / "teacher-000.safetensors").stat().st_mtime_ns == before
+    (folder / "teacher-001.safetensors").unlink()
+    train(settings(folder, count=3, seed=9), dataset)
+    assert contents(folder) == whole, "a folder keeps the seed that it was begun with"
+
+
+def test_more_teachers_than_asked_for_are_left_aside(tmp_path: Path, dataset: Dataset) -> None:
+    train(settings(tmp_path, count=2), dataset)
+    config = settings(tmp_path, count=1)
+    assert [t.meta["index"] for t in open_all(train(config, dataset), config, dataset)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"epochs": 5}, "another recipe: epochs is 3 there and 5 here"),
+        ({"lr": 0.2}, r"another recipe: lr is 0\.1 there and 0\.2 here"),
+        ({"width": 8}, "another model: width is 4 there and 8 here"),
+        ({"strategy": "none"}, r"another augmentation: groups is \['color', .*\] there and \[\] here"),
+    ],
+)
+def test_a_folder_of_other_teachers_is_refused(
+    tmp_path: Path, dataset: Dataset, changed: dict[str, object], message: str
+) -> None:
+    train(settings(tmp_path, count=1), dataset)
+    with pytest.raises(UserError, match=message):
+        train(settings(tmp_path, count=1, **changed), dataset)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"name": "cifar10"}, "another dataset: name is 'digits' there and 'cifar10' here"),
+        ({"preprocessing": "zca"}, "another dataset: preprocessing is 'channel' there and 'zca' here"),
+        ({"fingerprint": "0"}, "another dataset: fingerprint is"),
+    ],
+)
+def test_teachers_of_other_data_are_refused(
+    tmp_path: Path, dataset: Dataset, changed: dict[str, str], message: str
+) -> None:
+    config = settings(tmp_path, count=1)
+    train(config, dataset)
+    with pytest.raises(UserError, match=message):
+        open_all(tmp_path, config, replace(dataset, **changed))
+
+
+def test_teachers_of_another_network_are_refused(tmp_path: Path, dataset: Dataset) -> None:
+    config = settings(tmp_path, count=1)
+    train(config, dataset)
+    network = models.build(ModelConfig(width=8), dataset.shape, 10, seed=0)
+    with pytest.raises(UserError, match="holds other parameters than the network has"):
+        teachers.open_all(tmp_path, config, dataset, network)
+
+
+def test_missing_damaged_and_foreign_files(tmp_path: Path, dataset: Dataset) -> None:
+    config = settings(tmp_path)
+    with pytest.raises(UserError, match=r"holds 0 of 2 teachers. Train them: python -m ddpp\.teachers"):
+        open_all(tmp_path, config, dataset)
+    train(config, dataset)
+    last = tmp_path / trajectories.file_name(1)
+    last.write_bytes(last.read_bytes()[:1000])
+    for use in (lambda: open_all(tmp_path, config, dataset), lambda: train(config, dataset)):
+        with pytest.raises(UserError, match=r"teacher-001\.safetensors is damaged"):
+            use()
+    last.unlink()
+    (tmp_path / "replay_buffer_0.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"replay_buffer_0\.pt is no teacher's file"):
+        train(config, dataset)
+
+
+def test_a_teacher_that_diverges_is_not_kept(tmp_path: Path, dataset: Dataset) -> None:
+    with pytest.raises(UserError, match=r"teacher 0 diverged.*Lower"):
+        train(settings(tmp_path, lr=1e30), dataset)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folders_name_tells_data_set_and_architecture(dataset: Dataset) -> None:
+    def name(**options: object) -> str:
+        return str(teachers.folder_of(Config(model=ModelConfig(**options)), dataset))
+
+    assert name() == "teachers/digits-convnet-d2-w128"
+    assert name(width=32, depth=1, norm="batch", pooling="max") == "teachers/digits-convnet-d1-w32-batch-max"
+    assert name(model="vgg11") == "teachers/digits-vgg11"
+    whitened = replace(dataset, preprocessing="zca")
+    assert str(teachers.folder_of(Config(), whitened)) == "teachers/digits-zca-convnet-d2-w128"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_started_again_ends_with_the_same_bytes(tmp_path: Path, number: signal.Signals) -> None:
+    folder, whole = tmp_path / "stopped", data.load(DataConfig())
+    options = ["--width", "4", "--count", "3", "--epochs", "5", "--lr", "0.1", "--batch", "32"]
+    command = [sys.executable, "-m", "ddpp.teachers", "--folder", str(folder), *options, "--device", "cpu"]
+    process = subprocess.Popen([*command, "--threads", "1"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "teacher-000.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert re.search(r"stopped; teacher \d in training is lost, the finished ones before it are kept", errors)
+    assert not (folder / "teacher-002.safetensors").exists()
+    train(settings(folder, count=3, epochs=5), whole)
+    uninterrupted = train(settings(tmp_path / "whole", count=3, epochs=5), whole)
+    assert contents(folder) == contents(uninterrupted)
+
+
+def test_the_command_trains_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--folder",
+        str(tmp_path),
+        "--width",
+        "4",
+        "--count",
+        "2",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert teachers.main(arguments) == 0
+    first = capsys.readouterr()
+    assert f"training 2 teachers for 1 epochs into {tmp_path}" in first.out
+    assert re.search(r"2 teachers in .*, right on \d+\.\d % of the held-out images", first.out)
+    assert "2/2" in first.err
+    assert teachers.main(arguments) == 0
+    assert "training" not in capsys.readouterr().out
+
+
+def test_wrong_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    assert teachers.main(["--folder", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ddpp.teachers: error: ")
+    assert "notes.txt is no teacher's file" in line

@@ -1,0 +1,146 @@
+"""Training on images in memory: the update rule, augmentation, labels, and what divergence does."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpp import models, training
+from ddpp.augment import GROUPS
+from ddpp.config import ModelConfig
+from ddpp.errors import UserError
+from ddpp.models import Network, flat
+from ddpp.training import Recipe
+
+CPU = torch.device("cpu")
+
+
+def network(seed: int = 0) -> Network:
+    return models.build(ModelConfig(width=8, depth=1), (1, 8, 8), 3, seed=seed)
+
+
+def examples(count: int = 30) -> tuple[Tensor, Tensor]:
+    """Three classes, each brighter in another third of the image."""
+    labels = torch.arange(count) % 3
+    images = 0.3 * torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for i, label in enumerate(labels):
+        images[i, :, :, 3 * label : 3 * label + 2] += 2
+    return images, labels
+
+
+def trained(recipe: Recipe, labels: Tensor | None = None, **options: object) -> Tensor:
+    model, (images, truth) = network(), examples()
+    training.fit(model, images, truth if labels is None else labels, recipe, **{"seed": 1, "device": CPU, **options})
+    return flat.flatten(model)
+
+
+def test_it_learns() -> None:
+    model, (images, labels) = network(), examples()
+    before = training.accuracy(model, images, labels, device=CPU)
+    assert training.fit(model, images, labels, Recipe(20, lr=0.1, batch=8), seed=0, device=CPU)
+    after = training.accuracy(model, images, labels, device=CPU, batch=7)
+    assert before < 70
+    assert after == 100
+
+
+def test_a_step_is_sgd_with_momentum_and_weight_decay() -> None:
+    """Of whole batches, whose order does not matter: v = 0.9 v + (g + decay theta), theta = theta - lr v."""
+    images, labels = examples()
+    model = network()
+    theta = flat.flatten(model)
+    velocity = torch.zeros_like(theta)
+    for _ in range(3):
+        theta.requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(flat.call(model, theta, images), labels), theta)
+        theta = theta.detach()
+        velocity = 0.9 * velocity + gradient + 0.01 * theta
+        theta = theta - 0.05 * velocity
+    found = trained(Recipe(3, lr=0.05, momentum=0.9, weight_decay=0.01, batch=30))
+    torch.testing.assert_close(found, theta, atol=1e-5, rtol=1e-4)
+
+
+def test_the_rate_falls_once_and_the_momentum_is_lost() -> None:
+    """Of 6 epochs, 0 to 4 run at the full rate; the last one is a plain step at a tenth."""
+    images, labels = examples()
+    recipe = Recipe(6, lr=0.1, momentum=0.9, batch=30, decay=True)
+    before = trained(Recipe(5, lr=0.1, momentum=0.9, batch=30)).requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(flat.call(network(), before, images), labels), before)
+    torch.testing.assert_close(trained(recipe), before.detach() - 0.01 * gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [(), GROUPS])
+@pytest.mark.parametrize("mode", ["one", "all"])
+def test_a_seed_gives_the_same_bytes(groups: tuple[str, ...], mode: str) -> None:
+    recipe = Recipe(3, lr=0.1, momentum=0.9, batch=8)
+    first, again, other = (trained(recipe, seed=seed, groups=groups, mode=mode) for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_augmentation_changes_training_and_fusing_it_does_not() -> None:
+    recipe = Recipe(3, lr=0.1, batch=8)
+    plain, fused, pure = (
+        trained(recipe, groups=groups, mode="all", fused=fused)
+        for groups, fused in (((), True), (GROUPS, True), (GROUPS, False))
+    )
+    assert (plain - fused).abs().max() > 1e-3
+    torch.testing.assert_close(fused, pure, atol=1e-4, rtol=1e-3)
+
+
+def test_every_image_is_seen_once_an_epoch() -> None:
+    """A network that only counts: its gradient is the sum over the images of an epoch."""
+    images = torch.eye(20)[:, None, None, :]  # [20, 1, 1, 20]
+    seen = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(20, 2, bias=False))
+    with torch.no_grad():
+        seen[1].weight.zero_()
+    recipe = Recipe(3, lr=1e-6, batch=5)
+    training.fit(seen, images, torch.zeros(20, dtype=torch.int64), recipe, seed=0, device=CPU)
+    each = 3 * 1e-6 * 0.5 / 5  # at two equal outputs the gradient of an image is 1/2, over a batch of 5
+    torch.testing.assert_close(seen[1].weight[0].detach(), torch.full((20,), each), rtol=1e-3, atol=0)
+
+
+def test_soft_labels_are_logits() -> None:
+    _, labels = examples()
+    recipe = Recipe(4, lr=0.1, batch=8)
+    certain = F.one_hot(labels, 3).float() * 100
+    torch.testing.assert_close(trained(recipe, certain), trained(recipe, labels), atol=1e-6, rtol=1e-5)
+    soft = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    images, model = examples()[0], network()
+    theta = flat.flatten(model).requires_grad_()
+    loss = -(soft.softmax(1) * flat.call(model, theta, images).log_softmax(1)).sum(1).mean()
+    (gradient,) = torch.autograd.grad(loss, theta)
+    torch.testing.assert_close(trained(Recipe(1, lr=0.1, batch=30), soft), theta.detach() - 0.1 * gradient)
+
+
+def test_divergence_is_told_and_not_raised() -> None:
+    model, (images, labels) = network(), examples()
+    assert not training.fit(model, images, labels, Recipe(4, lr=1e30, batch=8), seed=0, device=CPU)
+    assert 0 <= training.accuracy(model, images, labels, device=CPU) <= 100
+
+
+def test_callbacks_come_after_each_step_and_epoch() -> None:
+    calls = []
+    trained(
+        Recipe(2, lr=0.1, batch=20),
+        on_step=lambda: calls.append("step"),
+        on_epoch=lambda: calls.append("epoch"),
+    )
+    assert calls == ["step", "step", "epoch"] * 2
+
+
+def test_accuracy_is_a_share_in_percent_and_leaves_the_mode() -> None:
+    model, (images, labels) = network(), examples()
+    answers = model(images).argmax(1)
+    expected = 100 * float((answers == labels).float().mean())
+    model.train()
+    assert math.isclose(training.accuracy(model, images, labels, device=CPU, batch=4), expected, rel_tol=1e-6)
+    assert model.training
+
+
+def test_labels_must_match_the_images() -> None:
+    images, labels = examples()
+    for few, what in ((images[:0], "0 and 30"), (images[:5], "5 and 30")):
+        with pytest.raises(UserError, match=f"one label an image, got {what}"):
+            training.fit(network(), few, labels, Recipe(1, lr=0.1), seed=0, device=CPU)
