@@ -1,0 +1,91 @@
+"""Plants bugs in copies of the kernels, one at a time, and shows that the C++ tests catch each.
+
+    python tools/plant_bugs.py [op ...]
+
+The bugs stand in csrc/tests/planted_<op>.toml: a file of csrc, a text in it, what stands there instead, and
+why that is wrong. Ends with 1 when a bug is not caught, and when its text is no longer in the file.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+
+def configure(folder: Path, op: str) -> None:
+    """A copy of what the test of one op needs, built with AddressSanitizer."""
+    shutil.copy2(ROOT / "CMakeLists.txt", folder)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    for path in (folder / "csrc").rglob("*_*"):
+        others = path.parent.name in ("kernels", "tests") and path.suffix in (".cpp", ".cu") and op not in path.name
+        if others:
+            path.unlink()
+    options = ["-DDDPP_BUILD_CUDA=0", "-DDDPP_SANITIZE=address,undefined", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
+    done = run("cmake", "-S", folder, "-B", folder / "build", "-G", "Ninja", *options)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+
+
+def test(folder: Path, op: str) -> str | None:
+    """What the tests say first; None when they pass."""
+    done = run("cmake", "--build", folder / "build", "--target", f"test_{op}")
+    if done.returncode:
+        sys.exit(f"a planted bug must compile:\n{done.stdout[-3000:]}")
+    done = run(
+        "ctest",
+        "--test-dir",
+        folder / "build",
+        "--timeout",
+        "120",
+        "--stop-on-failure",
+        "--output-on-failure",
+    )
+    if done.returncode == 0:
+        return None
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    marks = ("CHECK(", "ERROR: AddressSanitizer", "what():", "runtime error", "Timeout", "***")
+    return next((line for mark in marks for line in lines if mark in line), "failed")
+
+
+def plant(op: str) -> int:
+    """Plants each bug of one op; returns how many were missed."""
+    bugs = tomllib.loads((ROOT / f"csrc/tests/planted_{op}.toml").read_text())["bug"]
+    missed = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        configure(folder, op)
+        if said := test(folder, op):
+            sys.exit(f"{op}: the tests fail without a planted bug: {said}")
+        for bug in bugs:
+            path = folder / "csrc" / bug["file"]
+            right = path.read_text()
+            if right.count(bug["old"]) != 1:
+                sys.exit(f"{bug['file']} must hold this text once: {bug['old']!r} ({bug['what']})")
+            path.write_text(right.replace(bug["old"], bug["new"]))
+            said = test(folder, op)
+            path.write_text(right)
+            missed += said is None
+            print(
+                f"{'caught' if said else 'MISSED':6}  {op}: {bug['what']}  [{said or 'all tests passed'}]",
+                flush=True,
+            )
+    return missed
+
+
+def main() -> None:
+    known = sorted(path.stem.removeprefix("planted_") for path in (ROOT / "csrc/tests").glob("planted_*.toml"))
+    sys.exit(sum(plant(op) for op in sys.argv[1:] or known) > 0)
+
+
+if __name__ == "__main__":
+    main()
