@@ -50,7 +50,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    strategy: str = option("auto", "Augmentation groups joined by _, 'none', or 'auto': all that suit the data set.")
+    strategy: str = option("auto", "Augmentation groups joined by _, 'none', or 'auto': what suits the data set.")
     mode: str = option(
         "one", "Groups applied to a batch: one drawn at random, or all in a chain.", choices=("one", "all")
     )
@@ -59,8 +59,8 @@ class AugmentConfig:
 @dataclass(frozen=True)
 class TeachersConfig:
     folder: str | None = option(None, "Folder of the trajectories; by default named after data set and architecture.")
-    count: int = option(8, "Number of teachers.", low=1)
-    epochs: int = option(20, "Epochs of each teacher; one snapshot after each.", low=1)
+    count: int = option(10, "Number of teachers.", low=1)
+    epochs: int = option(7, "Epochs of each teacher; one snapshot after each.", low=1)
     lr: float = option(0.02, "Learning rate of the teachers' SGD.", low=0)
     momentum: float = option(0.0, "Momentum of the teachers' SGD.", low=0, high=1)
     weight_decay: float = option(0.0, "Weight decay of the teachers' SGD.", low=0)
@@ -71,15 +71,15 @@ class TeachersConfig:
 class DistillConfig:
     method: str = option("ddpp", "Distillation method.")
     ipc: int = option(1, "Synthetic images per class.", low=1)
-    steps: int = option(300, "Outer steps: updates of the synthetic images.", low=1)
+    steps: int = option(200, "Outer steps: updates of the synthetic images.", low=1)
     inner_steps: int = option(20, "Inner steps: student updates in each outer step (J).", low=1)
     teacher_span: int = option(2, "Epochs between the teacher's start and target (K).", low=1)
     max_start_epoch: int = option(5, "Start epochs are drawn below this bound.", low=1)
     epsilon: float = option(
         0.1, "DDPP prunes parameters whose ratio to the teacher's, either way, is below this.", low=0, high=1
     )
-    lr_pixels: float = option(10.0, "Learning rate of the pixels.", low=0)
-    lr_step_size: float = option(1e-4, "Learning rate of the student's step size.", low=0)
+    lr_pixels: float = option(30.0, "Learning rate of the pixels.", low=0)
+    lr_step_size: float = option(3e-5, "Learning rate of the student's step size.", low=0)
     step_size: float = option(0.02, "First value of the learned step size.", low=1e-12)
     momentum: float = option(0.5, "Momentum of pixels and step size.", low=0, high=1)
     batch: int | None = option(None, "Synthetic images in an inner step; by default all.", low=1)

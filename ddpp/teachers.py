@@ -104,7 +104,7 @@ def _describe(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def _groups(config: Config, dataset: Dataset) -> tuple[str, ...]:
-    return augment.groups_for(config.augment.strategy, flip=dataset.flip)
+    return augment.groups_for(config.augment.strategy, dataset.strategy)
 
 
 def _recipe(config: Config) -> Recipe:

@@ -60,7 +60,7 @@ def test_digits() -> None:
     assert found.shape == (1, 8, 8)
     assert len(found.train_labels) + len(found.val_labels) + len(found.test_labels) == 1797
     assert found.classes == tuple("0123456789")
-    assert not found.flip
+    assert found.strategy == "crop_scale_rotate"
     for labels in (found.train_labels, found.val_labels, found.test_labels):
         assert labels.dtype == torch.int64
         assert torch.bincount(labels).min() > 0.08 * len(labels)
@@ -183,7 +183,7 @@ def test_a_folder(tree: Path) -> None:
     found = read(tree, validation=0.2)
     assert (found.name, found.classes, found.shape) == ("pets", ("cat", "dog"), (3, 6, 6))
     assert [len(labels) for labels in (found.train_labels, found.val_labels, found.test_labels)] == [8, 2, 4]
-    assert found.flip
+    assert "flip" in found.strategy
     picture = np.asarray(Image.open(tree / "test" / "dog" / "1.png")).transpose(2, 0, 1) / 255
     np.testing.assert_allclose(found.to_pixels(found.test_images)[3], picture, atol=1e-5)
     assert found.test_labels.tolist() == [0, 0, 1, 1]
@@ -291,7 +291,7 @@ def test_cifar10_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write_cifar10(tmp_path)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     found = data.load(DataConfig(dataset="cifar10", data_root=str(tmp_path), validation=0.0))
-    assert (found.name, found.shape, found.flip) == ("cifar10", (3, 32, 32), True)
+    assert (found.name, found.shape, "flip" in found.strategy) == ("cifar10", (3, 32, 32), True)
     assert (len(found.train_labels), len(found.test_labels)) == (100, 20)
     assert found.classes[3] == "class 3"
     first = pickle.loads((tmp_path / "cifar-10-batches-py" / "data_batch_1").read_bytes())["data"][0]
@@ -315,7 +315,7 @@ def write_mnist(folder: Path, count: int = 20) -> None:
 def test_mnist_through_torchvision(tmp_path: Path, name: str, folder: str, flip: bool) -> None:
     write_mnist(tmp_path / folder / "raw")
     found = data.load(DataConfig(dataset=name, data_root=str(tmp_path)))
-    assert (found.shape, found.flip, len(found.classes)) == ((1, 28, 28), flip, 10)
+    assert (found.shape, "flip" in found.strategy, len(found.classes)) == ((1, 28, 28), flip, 10)
 
 
 @needs_torchvision

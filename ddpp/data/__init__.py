@@ -43,7 +43,7 @@ class Dataset:
     test_labels: Tensor
     preprocessing: str  # "channel" or "zca"
     transform: Transform
-    flip: bool  # whether a mirrored image keeps its label
+    strategy: str  # the augmentation that "auto" stands for
     fingerprint: str  # of all pixels, labels and the preprocessing
 
     @property
@@ -97,7 +97,7 @@ def load(config: DataConfig) -> Dataset:
         **{f"{part}_labels": values for part, values in labels.items()},
         preprocessing=preprocessing,
         transform=transform,
-        flip=raw.flip,
+        strategy=raw.strategy,
         fingerprint=fingerprint,
     )
 

@@ -25,9 +25,12 @@ class Raw:
     train_labels: Tensor  # [N] int64
     test_images: Tensor  # [N, C, H, W] uint8
     test_labels: Tensor  # [N] int64
-    flip: bool  # whether a mirrored image keeps its label
+    strategy: str  # the augmentation that suits the images and keeps their labels
     white: int = 255  # the value that stands for 1
 
+
+EVERY_GROUP = "color_crop_cutout_flip_scale_rotate"
+NO_FLIP = "color_crop_cutout_scale_rotate"  # of digits, whose mirror images mean something else
 
 Reader = Callable[[DataConfig], Raw]
 

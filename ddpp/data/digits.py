@@ -10,6 +10,7 @@ from ddpp.data.base import DATASETS, Raw, library
 from ddpp.data.split import stratified
 
 TEST_SHARE = 0.2
+STRATEGY = "crop_scale_rotate"  # what Zhao, Mopuri and Bilen (arXiv 2006.05929) take for digits
 
 
 @DATASETS.register("digits")
@@ -26,6 +27,6 @@ def digits(config: DataConfig) -> Raw:
         train_labels=labels[train],
         test_images=images[test],
         test_labels=labels[test],
-        flip=False,
+        strategy=STRATEGY,
         white=16,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpp.config import DataConfig
-from ddpp.data.base import DATASETS, Raw, library
+from ddpp.data.base import DATASETS, EVERY_GROUP, Raw, library
 from ddpp.errors import UserError
 
 _CHUNK = 256  # files that a thread decodes in a row
@@ -48,7 +48,7 @@ def folder(config: DataConfig) -> Raw:
         train_labels=labels[:count],
         test_images=images[count:],
         test_labels=labels[count:],
-        flip=True,
+        strategy=EVERY_GROUP,
     )
 
 

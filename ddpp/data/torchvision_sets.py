@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ddpp.config import DataConfig
-from ddpp.data.base import DATASETS, Raw, library
+from ddpp.data.base import DATASETS, EVERY_GROUP, NO_FLIP, Raw, library
 from ddpp.errors import UserError
 
 
-def _read(config: DataConfig, *, kind: str, flip: bool) -> Raw:
+def _read(config: DataConfig, *, kind: str, strategy: str) -> Raw:
     train, test = _open(config, kind, train=True), _open(config, kind, train=False)
     return Raw(
         name=config.dataset,
@@ -22,7 +22,7 @@ def _read(config: DataConfig, *, kind: str, flip: bool) -> Raw:
         train_labels=_labels(train),
         test_images=_images(test),
         test_labels=_labels(test),
-        flip=flip,
+        strategy=strategy,
     )
 
 
@@ -57,11 +57,11 @@ def _labels(part: Any) -> Tensor:
     return torch.as_tensor(part.labels if hasattr(part, "labels") else part.targets).long()
 
 
-for _name, _kind, _flip in (
-    ("cifar10", "CIFAR10", True),
-    ("cifar100", "CIFAR100", True),
-    ("svhn", "SVHN", False),
-    ("mnist", "MNIST", False),
-    ("fashionmnist", "FashionMNIST", True),
+for _name, _kind, _strategy in (
+    ("cifar10", "CIFAR10", EVERY_GROUP),
+    ("cifar100", "CIFAR100", EVERY_GROUP),
+    ("svhn", "SVHN", NO_FLIP),
+    ("mnist", "MNIST", NO_FLIP),
+    ("fashionmnist", "FashionMNIST", EVERY_GROUP),
 ):
-    DATASETS.register(_name)(partial(_read, kind=_kind, flip=_flip))
+    DATASETS.register(_name)(partial(_read, kind=_kind, strategy=_strategy))
