@@ -1,0 +1,77 @@
+"""Epochs of training, as teachers and evaluation run them, against a plain PyTorch loop over equal tensors.
+
+The plain loop has no data loader either; it draws each batch's augmentation by itself and applies it unfused.
+``extra_info`` holds epochs per second of the fastest round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from ddpp import augment, models, training
+from ddpp.config import ModelConfig
+from ddpp.models import Network
+from ddpp.ops import dsa_augment
+from ddpp.training import Recipe
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A ConvNet of width 128 on images of one size."""
+
+    images: int
+    shape: tuple[int, int, int]
+    recipe: Recipe
+    mode: str
+
+    def examples(self) -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        labels = torch.randint(10, (self.images,), generator=draw)
+        return torch.randn(self.images, *self.shape, generator=draw), labels
+
+    def network(self) -> Network:
+        return models.build(ModelConfig(), self.shape, 10, seed=0)
+
+
+CASES = {
+    "teacher 32x32x3, 256 images": Case(256, (3, 32, 32), Recipe(1, lr=0.01, batch=256), "one"),
+    "teacher 8x8x1, 1280 images": Case(1280, (1, 8, 8), Recipe(1, lr=0.01, batch=128), "one"),
+    "evaluation 32x32x3, 10 images": Case(10, (3, 32, 32), Recipe(5, lr=0.01, momentum=0.9), "all"),
+    "evaluation 8x8x1, 10 images": Case(10, (1, 8, 8), Recipe(50, lr=0.01, momentum=0.9), "all"),
+}
+
+
+def ours(case: Case, images: Tensor, labels: Tensor) -> None:
+    training.fit(case.network(), images, labels, case.recipe, seed=0, device=CPU, groups=augment.GROUPS, mode=case.mode)
+
+
+def plain(case: Case, images: Tensor, labels: Tensor) -> None:
+    network, recipe, draw = case.network(), case.recipe, torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(network.parameters(), recipe.lr, momentum=recipe.momentum)
+    for _ in range(recipe.epochs):
+        for chosen in torch.randperm(len(images), generator=draw).split(recipe.batch):
+            size = len(chosen), *case.shape[1:]
+            plan = augment.draw(1, *size, groups=augment.GROUPS, mode=case.mode, generator=draw)[0]
+            batch = dsa_augment(images[chosen], plan, fused=False)
+            optimizer.zero_grad()
+            F.cross_entropy(network(batch), labels[chosen]).backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("loop", [ours, plain])
+@pytest.mark.parametrize("name", CASES)
+def test_epochs(benchmark: BenchmarkFixture, name: str, loop: Callable[[Case, Tensor, Tensor], None]) -> None:
+    case = CASES[name]
+    benchmark.group = name
+    benchmark.pedantic(loop, args=(case, *case.examples()), rounds=3, warmup_rounds=1)
+    if benchmark.stats:
+        benchmark.extra_info["epochs per second"] = case.recipe.epochs / benchmark.stats.stats.min

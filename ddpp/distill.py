@@ -1,0 +1,258 @@
+"""STAGE 2: distils a data set into a few synthetic images a class, evaluates them and reports.
+
+``python -m ddpp.distill`` trains teachers first where they are missing. The loop is the same for every method: the
+method gives gradients, SGD with momentum moves pixels and step size, and a step that is not finite is undone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpp import augment, cli, data, evaluate, models, report, runs, synthetic, teachers
+from ddpp.config import SECTIONS, Config, DistillConfig
+from ddpp.config import load as load_config
+from ddpp.data import Dataset
+from ddpp.errors import UserError
+from ddpp.methods import METHODS, Method, Problem, Update
+from ddpp.synthetic import Synthetic
+from ddpp.trajectories import Trajectory
+
+UNDONE_IN_A_ROW = 10
+SMALLEST_STEP_SIZE = 1e-3  # of the first one
+
+
+@dataclass(frozen=True)
+class State:
+    """All that an outer step changes; what a checkpoint holds."""
+
+    step: int
+    synthetic: Synthetic
+    images_velocity: Tensor  # [N, C, H, W]
+    step_size_velocity: Tensor  # []
+    undone: int = 0
+    undone_in_a_row: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def begin(cls, first: Synthetic) -> State:
+        return cls(0, first, torch.zeros_like(first.images), torch.zeros_like(first.step_size))
+
+    def moved(self, update: Update, settings: DistillConfig) -> State:
+        """One step of SGD with momentum on pixels and step size.
+
+        The step size stays above a thousandth of its first value.
+        """
+        images_velocity = settings.momentum * self.images_velocity + update.images
+        step_size_velocity = settings.momentum * self.step_size_velocity + update.step_size
+        images = self.synthetic.images - settings.lr_pixels * images_velocity
+        step_size = self.synthetic.step_size - settings.lr_step_size * step_size_velocity
+        floor = settings.step_size * SMALLEST_STEP_SIZE
+        return replace(
+            self,
+            step=self.step + 1,
+            synthetic=replace(self.synthetic, images=images, step_size=step_size.clamp_min(floor)),
+            images_velocity=images_velocity,
+            step_size_velocity=torch.where(step_size > floor, step_size_velocity, 0),
+            undone_in_a_row=0,
+        )
+
+    def finite(self) -> Tensor:
+        parts = (self.synthetic.images, self.images_velocity, self.synthetic.step_size, self.step_size_velocity)
+        return torch.stack([torch.isfinite(t).all() for t in parts]).all()
+
+    def save(self, path: Path) -> None:
+        tensors = {
+            "images": self.synthetic.images,
+            "labels": self.synthetic.labels,
+            "step_size": self.synthetic.step_size,
+            "images_velocity": self.images_velocity,
+            "step_size_velocity": self.step_size_velocity,
+        }
+        runs.write_tensors(path, tensors, {name: getattr(self, name) for name in _COUNTERS})
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> State:
+        tensors, counters = runs.read_tensors(path, "checkpoint")
+        tensors = {name: t.to(device) for name, t in tensors.items()}
+        held = Synthetic(tensors["images"], tensors["labels"], tensors["step_size"])
+        return cls(
+            synthetic=held,
+            images_velocity=tensors["images_velocity"],
+            step_size_velocity=tensors["step_size_velocity"],
+            **counters,
+        )
+
+
+_COUNTERS = ("step", "undone", "undone_in_a_row", "skipped", "seconds")
+
+
+def distill(settings: DistillConfig, first: Synthetic, method: Method, folder: Path) -> State:
+    """Runs the outer steps that are left, from the folder's checkpoint if it has one, else from ``first``.
+
+    Writes ``log.jsonl``, ``checkpoint.safetensors`` and ``snapshots/``. The same configuration gives the same bytes,
+    interrupted or not.
+
+    Raises:
+        runs.Stopped: a signal asked to stop; the state is saved.
+        UserError: ten steps in a row were not finite; the last good state is saved.
+    """
+    checkpoint = folder / "checkpoint.safetensors"
+    if checkpoint.is_file():
+        state = State.load(checkpoint, first.images.device)
+    else:
+        state = State.begin(first)
+        _save_snapshot(state, folder)
+    log = runs.Log(folder / "log.jsonl", state.step)
+    began = time.perf_counter() - state.seconds
+    progress = tqdm(total=settings.steps, initial=state.step, desc=f"distil ({settings.method})", unit="step")
+
+    def save(state: State) -> None:
+        log.flush()
+        replace(state, seconds=time.perf_counter() - began).save(checkpoint)
+
+    with runs.Interruption() as interruption, progress:
+        while state.step < settings.steps:
+            state, row = _outer_step(state, method, settings)
+            log.add(row)
+            progress.update()
+            progress.set_postfix(loss=row["loss"], step_size=row["step_size"], refresh=False)
+            if state.undone_in_a_row == UNDONE_IN_A_ROW:
+                save(state)
+                raise UserError(_diverged(state, folder))
+            if state.step % settings.snapshot_every == 0 or state.step == settings.steps:
+                _save_snapshot(state, folder)
+            if state.step % settings.checkpoint_every == 0:
+                save(state)
+            if interruption.signal is not None:
+                save(state)
+                text = f"stopped after step {state.step} of {settings.steps}; continue with --out {folder} --resume"
+                raise runs.Stopped(text, interruption.signal)
+    state = replace(state, seconds=time.perf_counter() - began)
+    save(state)
+    return state
+
+
+def _outer_step(state: State, method: Method, settings: DistillConfig) -> tuple[State, dict[str, Any]]:
+    """One update: taken, skipped where nothing could be matched, or undone where a number is not finite."""
+    update = method.update(state.synthetic, state.step)
+    proposed = state.moved(update, settings)
+    finite = proposed.finite() & torch.isfinite(update.loss)
+    loss, kept, usable = torch.stack([update.loss, update.kept, finite.to(update.loss.dtype)]).tolist()
+    if not usable:
+        outcome = "undone"
+        state = replace(state, step=state.step + 1, undone=state.undone + 1, undone_in_a_row=state.undone_in_a_row + 1)
+    elif kept == 0:
+        outcome = "skipped"
+        state = replace(state, step=state.step + 1, skipped=state.skipped + 1)
+    else:
+        outcome, state = "taken", proposed
+    row = {
+        "step": state.step - 1,
+        "loss": loss if usable else None,
+        "step_size": float(state.synthetic.step_size),
+        "kept": kept,
+        "outcome": outcome,
+        **update.note,
+    }
+    return state, row
+
+
+def _diverged(state: State, folder: Path) -> str:
+    return (
+        f"{UNDONE_IN_A_ROW} steps in a row were not finite, the last of them step {state.step - 1}; the result before "
+        f"them is in {folder}/checkpoint.safetensors. Lower --lr-pixels, --lr-step-size or --step-size, or take fewer "
+        "--inner-steps."
+    )
+
+
+def _save_snapshot(state: State, folder: Path) -> None:
+    state.synthetic.save(folder / "snapshots" / f"step-{state.step:06d}.safetensors", {"step": state.step})
+
+
+def _save_result(state: State, config: Config, dataset: Dataset, groups: tuple[str, ...], folder: Path) -> None:
+    meta = {
+        "dataset": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "classes": list(dataset.classes),
+        "ipc": config.distill.ipc,
+        "method": config.distill.method,
+        "model": asdict(config.model),
+        "augmentation": {"groups": list(groups), "mode": config.augment.mode},
+        "steps": state.step,
+        "seed": config.run.seed,
+        "undone": state.undone,
+        "skipped": state.skipped,
+    }
+    state.synthetic.save(folder / "synthetic.safetensors", meta, dataset.transform)
+
+
+def _trajectories(config: Config, dataset: Dataset, network: torch.nn.Module, device: torch.device) -> list[Trajectory]:
+    folder = teachers.train(config, dataset, device)
+    return teachers.open_all(folder, config, dataset, network)
+
+
+def _run(config: Config, args: argparse.Namespace) -> None:
+    settings, seed, device = config.distill, config.run.seed, cli.device(config)
+    method_class = METHODS.get(settings.method)
+    method_class.check(config)
+    dataset = data.load(config.data)
+    evaluate.check(config, dataset)
+    network = models.build(config.model, dataset.shape, len(dataset.classes), seed=seed).to(device)
+    groups = augment.groups_for(config.augment.strategy, dataset.strategy)
+    first = synthetic.start(dataset, settings.ipc, settings.init, settings.step_size, seed).to(device)
+    base = Path("runs") / f"{dataset.name}-{settings.method}-ipc{settings.ipc}-seed{seed}"
+    folder = runs.open_folder(Path(args.out) if args.out else runs.unused_folder(base), config, resume=args.resume)
+    print(f"run folder: {folder}")
+
+    began = time.perf_counter()
+    trajectories = _trajectories(config, dataset, network, device) if method_class.needs_teachers else []
+    teachers_seconds = time.perf_counter() - began
+    problem = Problem(config, dataset, network, trajectories, groups, device)
+    state = distill(settings, first, method_class(problem), folder)
+    _save_result(state, config, dataset, groups, folder)
+
+    began = time.perf_counter()
+    results = evaluate.compare(config, dataset, folder, groups, device)
+    evaluate_seconds = time.perf_counter() - began
+    results["seconds"] = {"teachers": teachers_seconds, "distill": state.seconds, "evaluate": evaluate_seconds}
+    taken = state.step - state.undone - state.skipped
+    results["steps"] = {"taken": taken, "undone": state.undone, "skipped": state.skipped}
+    results["peak_memory_mb"] = runs.peak_memory_mb(device)
+    results["config"] = asdict(config)
+    runs.write_json(folder / "results.json", results)
+    report.write(folder)
+    print(runs.accuracy_table(results))
+    print(f"\nresult: {folder}/synthetic.safetensors, pictures and tables beside it")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", help="Run folder (default: runs/<dataset>-<method>-ipc<n>-seed<s>).")
+    parser.add_argument("--resume", action="store_true", help="Continue the run in --out where it stopped.")
+
+
+def _saved(args: argparse.Namespace) -> Config | None:
+    if not args.resume:
+        return None
+    if not args.out:
+        raise UserError("--resume needs --out DIR: the run folder to continue")
+    return load_config(Path(args.out) / "config.toml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    description = "Distil a data set into a few synthetic images a class; trains missing teachers, evaluates, reports."
+    return cli.run("distill", description, "distill", SECTIONS, _run, argv, arguments=_arguments, base=_saved)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

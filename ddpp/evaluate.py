@@ -1,0 +1,215 @@
+"""STAGE 3: trains networks from scratch on a distilled set and tests them, beside random real images and all real data.
+
+``python -m ddpp.evaluate RUN --models convnet alexnet vgg11 resnet18 --networks 5``
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
+from ddpp import config as configuration
+from ddpp.config import Config
+from ddpp.data import Dataset
+from ddpp.errors import UserError
+from ddpp.synthetic import Synthetic
+from ddpp.training import Recipe
+
+
+class Scores(NamedTuple):
+    """Accuracies of one trained network, in percent."""
+
+    test: float
+    val: float | None
+
+
+class Evaluation:
+    """Trains and tests networks of one run; each depends only on the seed, its training images and its number."""
+
+    def __init__(
+        self, config: Config, dataset: Dataset, groups: tuple[str, ...], device: torch.device, progress: tqdm[NoReturn]
+    ) -> None:
+        self.config, self.dataset, self.groups, self.device, self.progress = config, dataset, groups, device, progress
+
+    def network(self, model: str, images: Tensor, labels: Tensor, recipe: Recipe, *key: str | int) -> Scores:
+        """Trains one network from scratch and tests it."""
+        seed = seeds.derive(self.config.run.seed, "evaluate", model, *key)
+        network = models.build(
+            replace(self.config.model, model=model), self.dataset.shape, len(self.dataset.classes), seed=seed
+        ).to(self.device)
+        training.fit(
+            network,
+            images,
+            labels,
+            recipe,
+            groups=self.groups,
+            mode=self.config.augment.mode,
+            seed=seed,
+            fused=self.config.run.use_fused_kernels,
+            device=self.device,
+        )
+        self.progress.update()
+        held_out = None
+        if len(self.dataset.val_labels):
+            held_out = training.accuracy(network, self.dataset.val_images, self.dataset.val_labels, device=self.device)
+        return Scores(
+            training.accuracy(network, self.dataset.test_images, self.dataset.test_labels, device=self.device), held_out
+        )
+
+    def random(self, model: str, ipc: int, recipe: Recipe) -> list[Scores]:
+        """As many real images as there are synthetic ones, another random choice for each network."""
+        rows = []
+        for n in range(self.config.evaluate.networks):
+            chosen = synthetic.real_images(self.dataset, ipc, "random", n, seed=self.config.run.seed)
+            rows.append(self.network(model, chosen.images, chosen.labels, recipe, "random", n))
+        return rows
+
+    def distilled(self, model: str, candidates: list[Synthetic]) -> tuple[list[Scores], int]:
+        """Networks on each candidate; the scores of the one that ``select`` prefers, and its index."""
+        tried = [
+            [
+                self.network(model, c.images, c.labels, self.recipe(c), "distilled", n)
+                for n in range(self.config.evaluate.networks)
+            ]
+            for c in candidates
+        ]
+        best = max(range(len(tried)), key=lambda i: statistics.fmean(self._preference(s) for s in tried[i]))
+        return tried[best], best
+
+    def full(self, model: str) -> list[Scores]:
+        """All real training images."""
+        settings = self.config.evaluate
+        recipe = Recipe(
+            epochs=settings.full_epochs,
+            lr=settings.full_lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            batch=settings.batch,
+            decay=True,
+        )
+        images, labels = self.dataset.train_images, self.dataset.train_labels
+        return [self.network(model, images, labels, recipe, "full", n) for n in range(settings.networks)]
+
+    def recipe(self, trained_on: Synthetic) -> Recipe:
+        settings = self.config.evaluate
+        return Recipe(
+            epochs=settings.epochs,
+            lr=settings.lr if settings.lr is not None else float(trained_on.step_size),
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            batch=settings.batch,
+            decay=True,
+        )
+
+    def _preference(self, scores: Scores) -> float:
+        held_out = self.config.evaluate.select == "val"
+        return scores.val if held_out and scores.val is not None else scores.test
+
+
+def check(config: Config, dataset: Dataset) -> None:
+    """Refuses options that cannot be evaluated.
+
+    Raises:
+        UserError: an unknown architecture, one that does not suit the images, or ``--select val`` without a held-out
+            part.
+    """
+    for name in config.evaluate.models:
+        models.build(replace(config.model, model=name), dataset.shape, len(dataset.classes), seed=0)
+    if config.evaluate.select == "val" and not len(dataset.val_labels):
+        raise UserError("--select val needs a held-out part: distil with --validation above 0")
+
+
+def compare(
+    config: Config, dataset: Dataset, folder: Path, groups: tuple[str, ...], device: torch.device
+) -> dict[str, Any]:
+    """Accuracy of a run's synthetic set, of random real images and of all real data, for each architecture.
+
+    Returns:
+        ``accuracy`` of the first architecture and ``models`` of all: for each of ``random``, the method's name and
+        ``full`` the ``mean`` and ``std`` (ddof 1) over ``networks``, the accuracies of the single networks, all in
+        percent; and ``protocol``, which says what was selected and how.
+
+    Raises:
+        UserError: what :func:`check` refuses, or a missing snapshot.
+    """
+    check(config, dataset)
+    settings = config.evaluate
+    steps, candidates = _candidates(folder, settings.select)
+    names = settings.models or (config.model.model,)
+    trained = len(names) * settings.networks * (len(candidates) + 1 + bool(settings.full_epochs))
+    tables: dict[str, dict[str, Any]] = {}
+    with tqdm(total=trained, desc="evaluate", unit="network") as progress:
+        evaluation = Evaluation(config, dataset, groups, device, progress)
+        for model in names:
+            scores, best = evaluation.distilled(model, candidates)
+            recipe = evaluation.recipe(candidates[best])
+            tables[model] = {
+                "random": _summary(evaluation.random(model, config.distill.ipc, recipe)),
+                config.distill.method: {**_summary(scores), "step": steps[best], "lr": recipe.lr},
+                "full": _summary(evaluation.full(model)) if settings.full_epochs else None,
+            }
+    protocol = {"select": settings.select, "networks": settings.networks, "ddof": 1, "epochs": settings.epochs}
+    return {"accuracy": next(iter(tables.values())), "models": tables, "protocol": protocol}
+
+
+def _candidates(folder: Path, select: str) -> tuple[list[int], list[Synthetic]]:
+    """The snapshots to choose from, with their steps; the result alone if nothing is selected."""
+    result, meta = synthetic.load(folder / "synthetic.safetensors")
+    if select == "final":
+        return [int(meta["steps"])], [result]
+    loaded = [synthetic.load(path) for path in sorted((folder / "snapshots").glob("step-*.safetensors"))]
+    if not loaded:
+        raise UserError(f"--select {select} needs snapshots, and {folder}/snapshots holds none")
+    return [int(meta["step"]) for _, meta in loaded], [candidate for candidate, _ in loaded]
+
+
+def _summary(scores: list[Scores]) -> dict[str, Any]:
+    accuracies = [s.test for s in scores]
+    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    return {"mean": statistics.fmean(accuracies), "std": spread, "networks": accuracies}
+
+
+def _run(config: Config, args: argparse.Namespace) -> None:
+    device = cli.device(config)
+    dataset = data.load(config.data)
+    folder = Path(args.folder)
+    _, meta = synthetic.load(folder / "synthetic.safetensors")
+    if meta["fingerprint"] != dataset.fingerprint:
+        raise UserError(
+            f"{folder} was distilled from other data than {config.data.dataset} in {config.data.data_root} holds now"
+        )
+    results = compare(config, dataset, folder, augment.groups_for(config.augment.strategy, dataset.strategy), device)
+    runs.write_json(folder / "evaluation.json", results)
+    print(runs.accuracy_table(results))
+    print(f"\nwritten: {folder}/evaluation.json")
+
+
+def _saved(args: argparse.Namespace) -> Config:
+    return configuration.load(Path(args.folder) / "config.toml")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(
+        "evaluate",
+        "Train networks from scratch on a distilled set and test them.",
+        "evaluate",
+        ("evaluate", "run"),
+        _run,
+        argv,
+        arguments=lambda parser: parser.add_argument("folder", metavar="RUN", help="Run folder of ddpp.distill."),
+        base=_saved,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Distillation methods: one file and one registration each.
+
+A method gives, at each outer step, the gradients of the synthetic images and of the step size; the loop in
+:mod:`ddpp.distill` applies, checks and saves them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ddpp.config import Config
+from ddpp.data import Dataset
+from ddpp.registry import Registry
+from ddpp.synthetic import Synthetic
+from ddpp.trajectories import Trajectory
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method works on."""
+
+    config: Config
+    dataset: Dataset
+    network: nn.Module
+    teachers: list[Trajectory]
+    groups: tuple[str, ...]
+    device: torch.device
+
+
+class Update(NamedTuple):
+    """Gradients of one outer step."""
+
+    loss: Tensor  # []
+    images: Tensor  # [N, C, H, W]
+    step_size: Tensor  # []
+    kept: Tensor  # [] share of parameters kept, 0 for a degenerate step
+    note: dict[str, int]  # what was drawn, for the log
+
+
+class Method(Protocol):
+    """Built once for a run; ``update`` depends on nothing but its arguments and the seed."""
+
+    needs_teachers: bool
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Refuses, before anything is trained, options that cannot work together."""
+
+    def __init__(self, problem: Problem) -> None: ...
+
+    def update(self, synthetic: Synthetic, step: int) -> Update: ...
+
+
+METHODS: Registry[type[Method]] = Registry("method")
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,91 @@
+"""DDPP: trajectory matching with the parameters that are hard to match pruned (arXiv 2209.14609)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddpp import augment, seeds
+from ddpp.config import Config
+from ddpp.errors import UserError
+from ddpp.methods import METHODS, Problem, Update
+from ddpp.synthetic import Synthetic
+from ddpp.unroll import matching_gradients
+
+
+@METHODS.register("ddpp")
+class DDPP:
+    """At each outer step: a random teacher, a random start epoch, J student steps, the pruned distance.
+
+    Equations 1 to 8 of the paper. Teachers are visited in random order, each once before any comes again.
+    """
+
+    needs_teachers = True
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Refuses a start bound and span that reach beyond the teachers.
+
+        Raises:
+            UserError: they do.
+        """
+        bound, span, epochs = config.distill.max_start_epoch, config.distill.teacher_span, config.teachers.epochs
+        if bound - 1 + span > epochs:
+            raise UserError(
+                f"--max-start-epoch {bound} with --teacher-span {span} reaches epoch {bound - 1 + span}, but the "
+                f"teachers have {epochs}. Lower one of them or give --teachers-epochs more."
+            )
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.epsilon: float | None = problem.config.distill.epsilon
+
+    def update(self, synthetic: Synthetic, step: int) -> Update:
+        settings, problem = self.problem.config.distill, self.problem
+        index, epoch = self._draw_start(step)
+        start, target = problem.teachers[index].rows(epoch, epoch + settings.teacher_span)
+        batches = self._draw_batches(len(synthetic.images), step)
+        result = matching_gradients(
+            problem.network,
+            start.to(problem.device),
+            target.to(problem.device),
+            synthetic.images,
+            synthetic.labels,
+            synthetic.step_size,
+            batches,
+            self._draw_plans([len(b) for b in batches], synthetic.images, step),
+            self.epsilon,
+            settings.engine,
+            fused=problem.config.run.use_fused_kernels,
+        )
+        kept = result.kept / len(start)
+        return Update(result.loss, result.images, result.lr, kept, {"teacher": index, "start": epoch})
+
+    def _draw_start(self, step: int) -> tuple[int, int]:
+        seed, count = self.problem.config.run.seed, len(self.problem.teachers)
+        order = torch.randperm(count, generator=seeds.generator(seed, "teachers", step // count))
+        bound = self.problem.config.distill.max_start_epoch
+        epoch = torch.randint(bound, (), generator=seeds.generator(seed, "start epoch", step))
+        return int(order[step % count]), int(epoch)
+
+    def _draw_batches(self, images: int, step: int) -> list[Tensor]:
+        """J batches that pass through a fresh permutation of the set again and again."""
+        settings = self.problem.config.distill
+        draw = seeds.generator(self.problem.config.run.seed, "batches", step)
+        batches: list[Tensor] = []
+        while len(batches) < settings.inner_steps:
+            batches += torch.randperm(images, generator=draw).split(settings.batch or images)
+        return [b.to(self.problem.device) for b in batches[: settings.inner_steps]]
+
+    def _draw_plans(self, sizes: list[int], images: Tensor, step: int) -> list[Tensor] | None:
+        if not self.problem.groups:
+            return None
+        plans = augment.draw(
+            len(sizes),
+            max(sizes),
+            *images.shape[2:],
+            groups=self.problem.groups,
+            mode=self.problem.config.augment.mode,
+            generator=seeds.generator(self.problem.config.run.seed, "augment", step),
+        ).to(self.problem.device)
+        return [plan[:size] for plan, size in zip(plans, sizes, strict=True)]

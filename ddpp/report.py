@@ -1,0 +1,143 @@
+"""STAGE 4: pictures and tables of a run, from its files alone.
+
+``python -m ddpp.report RUN``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddpp import cli, data, runs, synthetic
+from ddpp.config import Config
+from ddpp.errors import UserError
+
+COLUMNS, ROWS = 20, 10  # of the picture of the images
+
+
+def write(folder: Path) -> None:
+    """Writes ``images.png``, ``curves.png`` and ``report.md`` from the run's results, log and snapshots.
+
+    Raises:
+        UserError: the run has no results yet.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no results.json: the run is not finished; continue it with --resume")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    _draw_images(folder)
+    _draw_curves(runs.read_log(folder / "log.jsonl"), folder / "curves.png")
+    runs.write_text(folder / "report.md", _text(results))
+
+
+def _draw_images(folder: Path) -> None:
+    """The start above the result, one column a class."""
+    tensors, meta = runs.read_tensors(folder / "synthetic.safetensors", "synthetic set")
+    transform = {name.removeprefix("transform."): t for name, t in tensors.items() if name.startswith("transform.")}
+    first = synthetic.load(min((folder / "snapshots").glob("step-*.safetensors")))[0]
+    names = meta["classes"][:COLUMNS]
+    panels = [
+        ("start", _canvas(data.to_pixels_from(transform, first.images), len(meta["classes"]))),
+        ("result", _canvas(data.to_pixels_from(transform, tensors["images"]), len(meta["classes"]))),
+    ]
+    height, width = panels[0][1].shape[:2]
+    inches = 10.0
+    figure, axes = plt.subplots(2, 1, figsize=(inches, 2 * inches * height / width + 0.8), layout="constrained")
+    for axis, (title, canvas) in zip(axes, panels, strict=True):
+        axis.imshow(canvas, interpolation="nearest", vmin=0, vmax=1)
+        axis.set_ylabel(title)
+        axis.set_yticks([])
+        axis.set_xticks(
+            (np.arange(len(names)) + 0.5) * width / len(names), names, rotation=30 if len(names) > 10 else 0
+        )
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    _save(figure, folder / "images.png")
+
+
+def _canvas(pixels: Tensor, classes: int) -> NDArray[np.float32]:
+    """Images [classes * ipc, C, H, W] in [0, 1], class by class, as one picture [height, width, 3] of limited size."""
+    ipc, (channels, height, width) = len(pixels) // classes, pixels.shape[1:]
+    grid = pixels.reshape(classes, ipc, channels, height, width)[:COLUMNS, :ROWS].clamp(0, 1)
+    grid = grid.expand(-1, -1, 3, -1, -1) if channels == 1 else grid[:, :, :3]
+    framed = np.ones((*grid.shape[:3], height + 2, width + 2), np.float32)
+    framed[..., 1:-1, 1:-1] = grid.cpu().numpy()
+    tall, wide = grid.shape[1] * (height + 2), grid.shape[0] * (width + 2)
+    return framed.transpose(1, 3, 0, 4, 2).reshape(tall, wide, 3)
+
+
+def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Matching loss, step size and share of parameters kept over the outer steps."""
+    steps = [row["step"] for row in rows]
+    curves = (("loss", "matching loss"), ("step_size", "step size"), ("kept", "share of parameters kept"))
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for axis, (name, title) in zip(axes, curves, strict=True):
+        axis.plot(steps, [np.nan if row[name] is None else row[name] for row in rows], linewidth=0.8)
+        axis.set_xlabel("outer step")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with runs.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _text(results: dict[str, Any]) -> str:
+    config, steps, seconds = results["config"], results["steps"], results["seconds"]
+    data_name, method = config["data"]["dataset"], config["distill"]["method"]
+    lines = [
+        f"# {data_name}, {method}, {config['distill']['ipc']} images per class",
+        "",
+        runs.accuracy_table(results),
+        "",
+        "![start above result](images.png)",
+        "",
+        "![curves](curves.png)",
+        "",
+        f"{steps['taken']} outer steps taken, {steps['skipped']} skipped because nothing could be matched, "
+        f"{steps['undone']} undone because a number was not finite.",
+        "",
+        "| stage | seconds |",
+        "|---|---|",
+        *(f"| {name} | {value:.1f} |" for name, value in seconds.items()),
+        "",
+        f"Peak memory {results['peak_memory_mb']:.0f} MB. Every option stands in `config.toml`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _run(config: Config, args: argparse.Namespace) -> None:
+    write(Path(args.folder))
+    print(f"written: {args.folder}/report.md, images.png, curves.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(
+        "report",
+        "Write a run's pictures and tables anew from its files.",
+        "report",
+        (),
+        _run,
+        argv,
+        arguments=lambda parser: parser.add_argument("folder", metavar="RUN", help="Run folder of ddpp.distill."),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""The whole job at toy size: reproducible, resumable, safe against divergence, and clear about wrong input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddpp import distill, evaluate, report, runs, synthetic
+from ddpp.config import Config, DistillConfig
+from ddpp.errors import UserError
+from ddpp.methods import METHODS, Problem, Update
+from ddpp.synthetic import Synthetic
+
+TOY = [
+    *("--width", "8", "--threads", "1"),
+    *("--teachers-count", "2", "--teachers-epochs", "3", "--max-start-epoch", "2", "--teacher-span", "1"),
+    *("--steps", "6", "--inner-steps", "3", "--snapshot-every", "2", "--checkpoint-every", "2"),
+    *("--evaluate-networks", "2", "--evaluate-epochs", "3", "--evaluate-full-epochs", "1"),
+]
+FILES = ["config.toml", "synthetic.safetensors", "images.png", "curves.png", "results.json", "report.md", "log.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("teachers") / "digits"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, teachers: Path) -> Path:
+    """A run that was never interrupted."""
+    out = tmp_path_factory.mktemp("run") / "whole"
+    assert distill.main([*TOY, "--teachers-folder", str(teachers), "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_leaves_everything(finished: Path) -> None:
+    assert {name for name in FILES if (finished / name).stat().st_size > 0} == set(FILES)
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results["accuracy"]) == {"random", "ddpp", "full"}
+    for figures in results["accuracy"].values():
+        assert len(figures["networks"]) == 2 and all(0 <= a <= 100 for a in figures["networks"])
+        assert figures["mean"] == pytest.approx(sum(figures["networks"]) / 2) and figures["std"] >= 0
+    assert results["config"]["distill"]["steps"] == 6
+    assert results["seconds"]["distill"] > 0 and results["peak_memory_mb"] > 0
+    rows = runs.read_log(finished / "log.jsonl")
+    assert [row["step"] for row in rows] == list(range(6))
+    assert all(0 < row["kept"] <= 1 and row["loss"] > 0 and row["outcome"] == "taken" for row in rows)
+
+
+def test_the_result_can_be_used_without_the_run(finished: Path) -> None:
+    found, meta = synthetic.load(finished / "synthetic.safetensors")
+    assert found.images.shape == (10, 1, 8, 8) and found.labels.tolist() == list(range(10))
+    assert float(found.step_size) > 0
+    assert meta["classes"] == [str(n) for n in range(10)] and meta["method"] == "ddpp" and meta["steps"] == 6
+    first, _ = synthetic.load(finished / "snapshots" / "step-000000.safetensors")
+    assert not torch.equal(first.images, found.images)
+
+
+def test_the_same_seed_gives_the_same_bytes(finished: Path, teachers: Path, tmp_path: Path) -> None:
+    distill.main([*TOY, "--teachers-folder", str(teachers), "--out", str(tmp_path / "again")])
+    for name in ("synthetic.safetensors", "log.jsonl", "images.png", "curves.png", "config.toml"):
+        assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes(), name
+    one, other = (json.loads((f / "results.json").read_text())["models"] for f in (finished, tmp_path / "again"))
+    assert one == other
+
+
+def test_another_seed_gives_another_result(finished: Path, teachers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "other"
+    assert distill.main([*TOY, "--teachers-folder", str(teachers), "--out", str(out), "--seed", "1"]) == 0
+    one, other = (synthetic.load(f / "synthetic.safetensors")[0] for f in (finished, out))
+    assert not torch.equal(one.images, other.images)
+
+
+LONG = [*TOY, "--steps", "300", "--snapshot-every", "100"]
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory, teachers: Path) -> Path:
+    """A run long enough to be cut, but not cut."""
+    out = tmp_path_factory.mktemp("long") / "whole"
+    assert distill.main([*LONG, "--teachers-folder", str(teachers), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_continues_to_the_same_bytes(
+    number: signal.Signals, long: Path, teachers: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "cut"
+    argv = [*LONG, "--teachers-folder", str(teachers), "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "ddpp.distill", *argv], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint.safetensors").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    assert not (out / "synthetic.safetensors").exists()
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number and b"continue with --out" in error, error.decode()
+    assert distill.main(argv) == 2  # not without --resume
+    assert distill.main(["--out", str(out), "--resume"]) == 0
+    for name in ("synthetic.safetensors", "log.jsonl"):
+        assert (out / name).read_bytes() == (long / name).read_bytes(), name
+
+
+class _Scripted:
+    """A method whose losses are given; used to see what the loop does with them."""
+
+    needs_teachers = False
+
+    @staticmethod
+    def check(config: Config) -> None: ...
+
+    def __init__(self, losses: list[float], kept: float = 1.0) -> None:
+        self.losses, self.kept = losses, kept
+
+    def update(self, held: Synthetic, step: int) -> Update:
+        loss = torch.tensor(self.losses[step % len(self.losses)])
+        images = torch.full_like(held.images, float(loss))
+        return Update(loss, images, torch.zeros(()), torch.tensor(self.kept), {})
+
+
+def scripted(losses: list[float], steps: int, tmp_path: Path, **more: Any) -> distill.State:
+    settings = DistillConfig(steps=steps, lr_pixels=1.0, momentum=0.0)
+    first = Synthetic(torch.zeros(2, 1, 4, 4), torch.arange(2), torch.tensor(0.02))
+    return distill.distill(settings, first, _Scripted(losses, **more), tmp_path)
+
+
+def test_a_step_that_is_not_finite_is_undone(tmp_path: Path) -> None:
+    state = scripted([1.0, float("nan"), 2.0, float("inf")], 4, tmp_path)
+    first, _ = synthetic.load(tmp_path / "snapshots" / "step-000000.safetensors")
+    assert (state.undone, state.skipped) == (2, 0)
+    assert torch.allclose(state.synthetic.images, first.images - 3)
+    assert [row["outcome"] for row in runs.read_log(tmp_path / "log.jsonl")] == ["taken", "undone", "taken", "undone"]
+
+
+def test_ten_undone_in_a_row_end_with_the_last_good_result(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"10 steps in a row .* Lower --lr-pixels"):
+        scripted([1.0] + [float("nan")] * 10, 50, tmp_path)
+    state = distill.State.load(tmp_path / "checkpoint.safetensors", torch.device("cpu"))
+    assert state.step == 11 and bool(torch.isfinite(state.synthetic.images).all())
+    assert len(runs.read_log(tmp_path / "log.jsonl")) == 11
+
+
+def test_a_degenerate_step_is_skipped_and_counted(tmp_path: Path) -> None:
+    state = scripted([1.0], 3, tmp_path, kept=0.0)
+    first, _ = synthetic.load(tmp_path / "snapshots" / "step-000000.safetensors")
+    assert state.skipped == 3 and torch.equal(state.synthetic.images, first.images)
+
+
+def test_the_step_size_stays_positive() -> None:
+    held = Synthetic(torch.zeros(1, 1, 2, 2), torch.zeros(1, dtype=torch.int64), torch.tensor(0.02))
+    update = Update(torch.ones(()), torch.zeros(1, 1, 2, 2), torch.tensor(1e9), torch.ones(()), {})
+    moved = distill.State.begin(held).moved(update, DistillConfig(step_size=0.02))
+    assert float(moved.synthetic.step_size) == pytest.approx(2e-5) and float(moved.step_size_velocity) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ipc", "1000"], "--ipc 1000 is more than the"),
+        (["--max-start-epoch", "9"], "reaches epoch 9, but the teachers have 3."),
+        (["--method", "dpp"], "unknown method 'dpp'; did you mean 'ddpp'?"),
+        (["--model", "convent"], "unknown model 'convent'; did you mean 'convnet'?"),
+        (["--dataset", "digit"], "'digit'; did you mean 'digits'?"),
+        (["--strategy", "colour_crop"], "did you mean 'color'?"),
+        (["--evaluate-models", "alexnt"], "unknown model 'alexnt'; did you mean 'alexnet'?"),
+        (["--evaluate-select", "val", "--validation", "0"], "--select val needs a held-out part"),
+        (["--device", "cuda:99"], "CUDA devices here"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_lost(
+    argv: list[str], message: str, teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    folder = [] if "--model" in argv or "--validation" in argv else ["--teachers-folder", str(teachers)]
+    code = distill.main([*TOY, *folder, "--out", str(tmp_path / "run"), *argv])
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_an_output_folder_with_another_run_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "results.json").read_bytes()
+    assert distill.main([*TOY, "--out", str(finished), "--ipc", "2"]) == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert (finished / "results.json").read_bytes() == before
+
+
+def test_methods_differ_by_the_mask_alone(finished: Path, teachers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mtt"
+    distill.main([*TOY, "--teachers-folder", str(teachers), "--out", str(out), "--method", "mtt"])
+    mtt, ddpp = (runs.read_log(f / "log.jsonl") for f in (out, finished))
+    assert all(row["kept"] == 1 for row in mtt) and all(row["kept"] < 1 for row in ddpp)
+    assert [(r["teacher"], r["start"]) for r in mtt] == [(r["teacher"], r["start"]) for r in ddpp]
+    assert set(METHODS.names()) >= {"ddpp", "mtt"} and Problem.__doc__
+
+
+def test_pure_pytorch_gives_the_same_result_to_rounding(finished: Path, teachers: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pure"
+    distill.main([*TOY, "--no-use-fused-kernels", "--teachers-folder", str(tmp_path / "t"), "--out", str(out)])
+    fused, pure = (synthetic.load(f / "synthetic.safetensors")[0] for f in (finished, out))
+    assert torch.allclose(fused.images, pure.images, atol=1e-2)
+    assert float(pure.step_size) == pytest.approx(float(fused.step_size), rel=1e-3)
+
+
+@pytest.mark.parametrize("select", ["final", "val", "test"])
+def test_evaluate_says_what_it_selected(select: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(finished), "--models", "convnet", "alexnet", "--networks", "1", "--epochs", "1", "--full-epochs", "0"]
+    assert evaluate.main([*argv, "--select", select]) == 0
+    results = json.loads((finished / "evaluation.json").read_text())
+    assert results["protocol"]["select"] == select and set(results["models"]) == {"convnet", "alexnet"}
+    assert results["models"]["alexnet"]["full"] is None
+    step = results["models"]["convnet"]["ddpp"]["step"]
+    assert step == 6 if select == "final" else step in (0, 2, 4, 6)
+    text = {"final": "last outer step", "val": "held-out", "test": "too high"}[select]
+    assert text in capsys.readouterr().out
+
+
+def test_report_is_made_from_files_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "images.png").read_bytes()
+    (finished / "images.png").unlink()
+    assert report.main([str(finished)]) == 0
+    assert (finished / "images.png").read_bytes() == before
+    assert report.main([str(finished / "snapshots")]) == 2
+    assert "not finished" in capsys.readouterr().err

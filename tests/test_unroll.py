@@ -1,0 +1,133 @@
+"""The exact gradients of J student steps, against a plain graph of all steps written out here."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ddpp import augment, models
+from ddpp.config import ModelConfig
+from ddpp.errors import UserError
+from ddpp.models import flat
+from ddpp.ops import dsa_augment
+from ddpp.unroll import ENGINES, matching_gradients
+
+CLASSES, IPC, STEPS = 3, 2, 4
+
+
+def problem(model: str = "convnet", size: int = 8, *, soft: bool = False, seed: int = 0) -> dict[str, Any]:
+    """A small matching problem in float64: mini-batches smaller than the set, all groups of augmentation."""
+    draw = torch.Generator().manual_seed(seed)
+    network = models.build(ModelConfig(model=model, width=8, depth=2), (3, size, size), CLASSES, seed=seed).double()
+    start = flat.flatten(network)
+    target = start + 0.05 * start.abs().mean() * torch.randn(start.shape, generator=draw, dtype=start.dtype)
+    n = CLASSES * IPC
+    labels = torch.arange(CLASSES).repeat_interleave(IPC)
+    return {
+        "network": network,
+        "start": start,
+        "target": target,
+        "images": torch.randn(n, 3, size, size, generator=draw, dtype=torch.float64),
+        "labels": torch.randn(n, CLASSES, generator=draw, dtype=torch.float64) if soft else labels,
+        "lr": torch.tensor(0.03, dtype=torch.float64),
+        "batches": [torch.randperm(n, generator=draw)[: n - 2] for _ in range(STEPS)],
+        "plans": augment.draw(STEPS, n - 2, size, size, groups=augment.GROUPS, mode="all", generator=draw),
+    }
+
+
+def oracle(p: dict[str, Any], epsilon: float | None) -> tuple[Tensor, list[Tensor]]:
+    """Trajectory matching as it is usually written, the mask from the ratios themselves."""
+    images, lr = p["images"].clone().requires_grad_(), p["lr"].clone().requires_grad_()
+    soft = p["labels"].is_floating_point()
+    labels = p["labels"].clone().requires_grad_(soft)
+    names = [name for name, _ in p["network"].named_parameters()]
+    shapes = [q.shape for q in p["network"].parameters()]
+    theta = p["start"].clone().requires_grad_()
+    for batch, plan in zip(p["batches"], p["plans"], strict=True):
+        parts = theta.split([s.numel() for s in shapes])
+        parameters = {n: t.view(s) for n, t, s in zip(names, parts, shapes, strict=True)}
+        out = functional_call(p["network"], parameters, (dsa_augment(images[batch], plan, fused=False),))
+        y = labels[batch]
+        loss = -(y.softmax(1) * out.log_softmax(1)).sum(1).mean() if soft else F.cross_entropy(out, y)
+        theta = theta - lr * torch.autograd.grad(loss, theta, create_graph=True)[0]
+    mask = torch.ones_like(theta)
+    if epsilon is not None:
+        ratio = theta.detach() / p["target"]
+        mask = ((ratio >= epsilon) & (1 / ratio >= epsilon) | ((theta.detach() == 0) & (p["target"] == 0))).double()
+    loss = (mask * (theta - p["target"])).square().sum() / (mask * (p["start"] - p["target"])).square().sum()
+    leaves = [images, lr, labels] if soft else [images, lr]
+    return loss.detach(), list(torch.autograd.grad(loss, leaves))
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    return bool((got - want).norm() <= 1e-9 * want.norm())
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("epsilon", [None, 0.1])
+@pytest.mark.parametrize("soft", [False, True])
+def test_gradients_equal_a_plain_graph(engine: str, fused: bool, epsilon: float | None, soft: bool) -> None:
+    p = problem(soft=soft)
+    loss, gradients = oracle(p, epsilon)
+    found = matching_gradients(**p, epsilon=epsilon, engine=engine, fused=fused)
+    assert close(found.loss, loss)
+    got = [found.images, found.lr, found.labels] if soft else [found.images, found.lr]
+    for name, one, other in zip(("images", "lr", "labels"), got, gradients, strict=False):
+        assert one is not None and close(one, other), name
+    assert int(found.kept) == len(p["start"]) if epsilon is None else 0 < int(found.kept) < len(p["start"])
+
+
+@pytest.mark.parametrize("model", models.MODELS.names())
+def test_engines_agree_on_every_architecture(model: str) -> None:
+    p = problem(model, size=16)
+    one, other = (matching_gradients(**p, engine=engine) for engine in ("adjoint", "unrolled"))
+    assert close(one.loss, other.loss) and close(one.images, other.images) and close(one.lr, other.lr)
+    assert torch.equal(one.kept, other.kept) and close(one.end, other.end)
+
+
+def test_inputs_are_left_alone() -> None:
+    p = problem()
+    before = {name: p[name].clone() for name in ("start", "target", "images", "lr")}
+    matching_gradients(**p)
+    for name, value in before.items():
+        assert torch.equal(p[name], value) and not p[name].requires_grad, name
+
+
+def test_nothing_to_match_is_marked() -> None:
+    p = problem()
+    p["target"] = p["start"].clone()
+    found = matching_gradients(**p)
+    assert int(found.kept) == 0 and float(found.loss) == 0 and not found.images.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: {"start": p["start"][:-1]}, "start must be flat with the network's"),
+        (lambda p: {"target": p["target"].float()}, "target must be torch.float64"),
+        (lambda p: {"labels": p["labels"][1:]}, "labels must be as many as images"),
+        (lambda p: {"batches": []}, "at least one inner step"),
+        (lambda p: {"plans": p["plans"][1:]}, "plans must be one an inner step"),
+        (lambda p: {"engine": "adjont"}, "unknown engine 'adjont'; did you mean 'adjoint'"),
+    ],
+)
+def test_wrong_arguments_are_named(change: Any, message: str) -> None:
+    p: dict[str, Any] = problem()
+    with pytest.raises(UserError, match=message):
+        matching_gradients(**{**p, **change(p)})
+
+
+def test_a_float32_step_matches_float64_to_rounding() -> None:
+    p = problem()
+    exact = matching_gradients(**p)
+    single: dict[str, Any] = {
+        k: v.float() if isinstance(v, Tensor) and v.dtype == torch.float64 else v for k, v in p.items()
+    }
+    single["network"] = nn.Module.float(p["network"])
+    found = matching_gradients(**single)
+    cosine = F.cosine_similarity(found.images.double().flatten(), exact.images.flatten(), dim=0)
+    assert 1 - cosine < 1e-3 and abs(float(found.loss) / float(exact.loss) - 1) < 1e-4
