@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -130,7 +131,9 @@ class Interruption:
         self.signal: int | None = None
 
     def __enter__(self) -> Interruption:
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        # Python lets the main thread alone set handlers; elsewhere signals keep their meaning.
+        caught = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self._previous = {number: signal.signal(number, self._note) for number in caught}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,19 @@ def test_signals_are_noted_and_a_second_one_ends(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_threads_may_run_a_stage() -> None:
+    entered: list[int | None] = []
+
+    def work() -> None:
+        with runs.Interruption() as interruption:
+            entered.append(interruption.signal)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered == [None]
 
 
 def test_draws_depend_on_seed_and_place_alone() -> None:

@@ -127,7 +127,7 @@ def test_more_teachers_than_asked_for_are_left_aside(tmp_path: Path, dataset: Da
         ({"epochs": 5}, "another recipe: epochs is 3 there and 5 here"),
         ({"lr": 0.2}, r"another recipe: lr is 0\.1 there and 0\.2 here"),
         ({"width": 8}, "another model: width is 4 there and 8 here"),
-        ({"strategy": "none"}, r"another augmentation: groups is \['color', .*\] there and \[\] here"),
+        ({"strategy": "none"}, r"another augmentation: groups is \['crop', .*\] there and \[\] here"),
     ],
 )
 def test_a_folder_of_other_teachers_is_refused(
