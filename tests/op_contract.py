@@ -44,6 +44,8 @@ class Row:
     small: str
     #: Whether the constants have the dtype of x, or one of their own.
     constants_follow: bool = True
+    #: How many derivatives the fused form has; the next one raises.
+    derivatives: int = 1
 
     def case(self, name: str, dtype: torch.dtype) -> Case:
         return self.cases(dtype, torch.Generator().manual_seed(7))[name]

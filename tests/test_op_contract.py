@@ -94,14 +94,17 @@ def test_gradcheck(row: Row, backend: Backend) -> None:
 
 
 @each_row
-def test_second_derivative_raises(row: Row, backend: Backend) -> None:
+def test_derivative_beyond_the_last_raises(row: Row, backend: Backend) -> None:
     x, constants = moved(row.case(row.small, torch.float64), backend.device)
     x.requires_grad_()
-    (gradient,) = torch.autograd.grad(row.value(x, constants).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"second derivative.*fused=False"):
-        torch.autograd.grad(gradient.sum(), x)
-    with pytest.raises(RuntimeError, match=r"second derivative.*fused=False"):
-        (gradient.sum() + x.pow(3).sum()).backward()
+    value = row.value(x, constants)
+    for _ in range(row.derivatives):
+        (value,) = torch.autograd.grad(value.square().sum(), x, create_graph=True)
+    message = rf"{('second', 'third')[row.derivatives - 1]} derivative.*fused=False"
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(value.sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match=message):
+        (value.sum() + x.pow(3).sum()).backward()
 
 
 @each_row

@@ -17,6 +17,7 @@ constexpr int kLanes = 64;       // independent partial sums, which vectorise wi
 constexpr int kBorder = 3;       // zero pixels around an image, 1 before and 2 after: no tap needs a test
 constexpr int kTaps = 3;         // output pixels that one input pixel reaches in the separable adjoint
 constexpr int64_t kTask = 8192;  // values worth a thread
+constexpr int64_t kPrefetch = 65536;  // bytes of the next image that are fetched early
 
 // ---- colour ----
 
@@ -31,52 +32,62 @@ T sum(const T* __restrict x, int n) {
   return part[0];
 }
 
+// The three parts of colour are one affine map: of a pixel's value, the sum over its channels and the image's
+// mean, which the saturation does not change.
 template <class T, int channels>
 void recolor(const T* __restrict from, T* __restrict to, int size, const Color& color) {
-  const T brightness = color.brightness, saturation = color.saturation, contrast = color.contrast;
-  const T mean = sum(from, channels * size) / static_cast<T>(channels * size) + brightness;
+  const T contrast = color.contrast, saturation = color.saturation;
+  const T mean = sum(from, channels * size) / static_cast<T>(channels * size);
+  const T own = contrast * saturation, shared = contrast * (1 - saturation) * (T(1) / 3);
+  const T offset = (1 - contrast) * mean + color.brightness;
   if constexpr (channels == 1) {
-    for (int i = 0; i < size; ++i) to[i] = (from[i] + brightness - mean) * contrast + mean;
-    return;
-  }
-  for (int i = 0; i < size; ++i) {
-    const T r = from[i] + brightness, g = from[i + size] + brightness, b = from[i + 2 * size] + brightness;
-    const T gray = (r + g + b) * (T(1) / 3);
-    to[i] =
-        ((r - gray) * saturation + gray - mean) * contrast + mean;  // the saturated image has the same mean
-    to[i + size] = ((g - gray) * saturation + gray - mean) * contrast + mean;
-    to[i + 2 * size] = ((b - gray) * saturation + gray - mean) * contrast + mean;
+    for (int i = 0; i < size; ++i) to[i] = contrast * from[i] + offset;
+  } else {
+    for (int i = 0; i < size; ++i) {
+      const T r = from[i], g = from[i + size], b = from[i + 2 * size], rest = shared * (r + g + b) + offset;
+      to[i] = own * r + rest;
+      to[i + size] = own * g + rest;
+      to[i + 2 * size] = own * b + rest;
+    }
   }
 }
 
 // ---- crop, cutout and flip: copies ----
 
+// The part of a Move's target that comes from inside.
+struct Inside {
+  Inside(const Move& m, int height, int width)
+      : top(std::min(height, std::max(0, -m.dy))),
+        bottom(std::max(top, std::min(height, height - m.dy))),
+        left(std::min(width, std::max(0, m.mirror ? m.dx - width + 1 : -m.dx))),
+        right(std::max(left, std::min(width, m.mirror ? m.dx + 1 : width - m.dx))) {}
+  int top, bottom, left, right;
+};
+
 template <class T>
 void move(const T* __restrict from, T* __restrict to, const ImageBatch& image, const Move& m) {
   const int h = image.height, w = image.width, size = h * w;
-  // The part of `to` that comes from inside.
-  const int top = std::max(0, -m.dy), bottom = std::min(h, h - m.dy);
-  const int left = std::min(w, std::max(0, m.mirror ? m.dx - w + 1 : -m.dx));
-  const int right = std::max(left, std::min(w, m.mirror ? m.dx + 1 : w - m.dx));
+  const Inside part(m, h, w);
   for (int c = 0; c < image.channels; ++c, from += size, to += size) {
-    if (top >= bottom || left >= right) {
+    if (part.top == part.bottom || part.left == part.right) {
       std::fill_n(to, size, T(0));
       continue;
     }
     if (m.mirror) {
-      for (int y = top; y < bottom; ++y) {
+      for (int y = part.top; y < part.bottom; ++y) {
         const T* row = from + (y + m.dy) * w + m.dx;
-        for (int x = left; x < right; ++x) to[y * w + x] = row[-x];
+        for (int x = part.left; x < part.right; ++x) to[y * w + x] = row[-x];
       }
     } else {
-      const int begin = top * w + left, end = (bottom - 1) * w + right, shift = m.dy * w + m.dx;
+      const int begin = part.top * w + part.left, end = (part.bottom - 1) * w + part.right;
+      const int shift = m.dy * w + m.dx;
       std::copy(from + begin + shift, from + end + shift, to + begin);
     }
-    std::fill_n(to, top * w, T(0));
-    std::fill_n(to + bottom * w, (h - bottom) * w, T(0));
-    for (int y = top; y < bottom; ++y) {
-      for (int x = 0; x < left; ++x) to[y * w + x] = 0;
-      for (int x = right; x < w; ++x) to[y * w + x] = 0;
+    std::fill_n(to, part.top * w, T(0));
+    std::fill_n(to + part.bottom * w, (h - part.bottom) * w, T(0));
+    for (int y = part.top; y < part.bottom; ++y) {
+      for (int x = 0; x < part.left; ++x) to[y * w + x] = 0;
+      for (int x = part.right; x < w; ++x) to[y * w + x] = 0;
     }
     for (int y = m.top; y < m.bottom; ++y)
       for (int x = m.left; x < m.right; ++x) to[y * w + x] = 0;
@@ -89,10 +100,12 @@ void move(const T* __restrict from, T* __restrict to, const ImageBatch& image, c
 template <class T, int channels>
 struct Packed {
   typedef T Pixel __attribute__((vector_size(4 * sizeof(T))));
+  typedef T Pair __attribute__((vector_size(8 * sizeof(T))));
 };
 template <class T>
 struct Packed<T, 1> {
   typedef T Pixel;
+  typedef T Pair __attribute__((vector_size(2 * sizeof(T))));
 };
 
 // One axis of a scaling as a sparse matrix: output i is the sum over t of weight(t)[i] * input[tap[i] + t].
@@ -141,6 +154,7 @@ template <class T, int channels>
 class Resampler {
  public:
   using Pixel = typename Packed<T, channels>::Pixel;
+  using Pair = typename Packed<T, channels>::Pair;
 
   explicit Resampler(const ImageBatch& image)
       : height_(image.height),
@@ -150,17 +164,27 @@ class Resampler {
         front_(new Pixel[area_]()),
         back_(new Pixel[area_]()),
         row_(new Pixel[pitch_]()),
-        taps_(new int[width_]),
-        weights_(new T[2 * width_]),
+        taps_(new int[2 * width_]),
+        colored_(new T[static_cast<size_t>(channels) * height_ * width_]),
+        weights_(new T[4 * width_]),
+        columns_(new T[width_]),
         vertical_(height_),
-        horizontal_(width_) {}
+        horizontal_(width_) {
+    for (int x = 0; x < width_; ++x) columns_[x] = static_cast<T>(x) - static_cast<T>(width_ - 1) / 2;
+  }
 
   // p: the row of the plan
   static bool on(const float* p) { return make_scale<T>(p).on() || make_rotation<T>(p, 2, 2).on(); }
 
   void augment(const T* from, const float* p, T* to) {
     const Linear<T> scale = make_scale<T>(p), rotation = make_rotation<T>(p, height_, width_);
-    pack(from);
+    const Color color = make_color(p, false);
+    const Move moved = make_move(p, height_, width_, false);
+    if (color.on()) {
+      recolor<T, channels>(from, colored_.get(), height_ * width_, color);
+      from = colored_.get();
+    }
+    moved.mirror ? pack<true>(from, moved) : pack<false>(from, moved);
     if (scale.on()) {
       if (separable(scale))
         apply_axes<2, 2>(scale, false);
@@ -168,12 +192,13 @@ class Resampler {
         gather(scale);
     }
     if (rotation.on()) gather(rotation);
-    unpack(to);
+    unpack(to, Move{});
   }
 
   void adjoint(const T* from, const float* p, T* to) {
     const Linear<T> scale = make_scale<T>(p), rotation = make_rotation<T>(p, height_, width_);
-    pack(from);
+    const Color color = make_color(p, true);
+    pack<false>(from, Move{});
     if (rotation.on()) scatter(rotation);
     if (scale.on()) {
       if (separable(scale))
@@ -181,7 +206,9 @@ class Resampler {
       else
         scatter(scale);
     }
-    unpack(to);
+    clear_box(make_move(p, height_, width_, false));
+    unpack(color.on() ? colored_.get() : to, make_move(p, height_, width_, true));
+    if (color.on()) recolor<T, channels>(colored_.get(), to, height_ * width_, color);
   }
 
  private:
@@ -193,31 +220,89 @@ class Resampler {
 
   Pixel* inner_row(Pixel* image, int y) const { return image + (y + 1) * pitch_ + 1; }
 
-  void pack(const T* __restrict from) {
+  template <bool mirror>
+  void pack(const T* from, const Move& m) {
+    const Inside part(m, height_, width_);
+    for (int y = 0; y < height_; ++y) {
+      Pixel* to = inner_row(front_.get(), y);
+      if (y < part.top || y >= part.bottom) {
+        std::fill_n(to, width_, Pixel{});
+        continue;
+      }
+      for (int x = 0; x < part.left; ++x) to[x] = Pixel{};
+      const T* row = from + (y + m.dy) * width_ + (mirror ? m.dx - part.right + 1 : m.dx + part.left);
+      pack_row<mirror>(row, to + part.left, part.right - part.left);
+      for (int x = part.right; x < width_; ++x) to[x] = Pixel{};
+    }
+    clear_box(m);
+  }
+
+  void clear_box(const Move& m) {
+    if (m.left >= m.right) return;
+    for (int y = m.top; y < m.bottom; ++y)
+      std::fill_n(inner_row(front_.get(), y) + m.left, m.right - m.left, Pixel{});
+  }
+
+  template <bool mirror>
+  void pack_row(const T* __restrict from, Pixel* __restrict to, int count) {
     const int size = height_ * width_;
-    for (int y = 0; y < height_; ++y, from += width_) {
-      Pixel* __restrict to = inner_row(front_.get(), y);
-      for (int x = 0; x < width_; ++x) {
-        if constexpr (channels == 1)
-          to[x] = from[x];
-        else
-          to[x] = Pixel{from[x], from[x + size], from[x + 2 * size], 0};
+    if constexpr (channels == 1) {
+      for (int x = 0; x < count; ++x) to[mirror ? count - 1 - x : x] = from[x];
+    } else if (count < 4) {
+      for (int x = 0; x < count; ++x)
+        to[mirror ? count - 1 - x : x] = Pixel{from[x], from[x + size], from[x + 2 * size], 0};
+    } else {
+      for (int i = 0; i < count; i += 4) {
+        const int x = std::min(i, count - 4);
+        Pixel r, g, b;
+        const Pixel zero{};
+        std::memcpy(&r, from + x, sizeof r);
+        std::memcpy(&g, from + x + size, sizeof g);
+        std::memcpy(&b, from + x + 2 * size, sizeof b);
+        const Pixel rg01 = __builtin_shufflevector(r, g, 0, 4, 1, 5),
+                    rg23 = __builtin_shufflevector(r, g, 2, 6, 3, 7);
+        const Pixel b01 = __builtin_shufflevector(b, zero, 0, 4, 1, 5),
+                    b23 = __builtin_shufflevector(b, zero, 2, 6, 3, 7);
+        Pixel* at = mirror ? to + count - 1 - x : to + x;
+        constexpr int step = mirror ? -1 : 1;
+        at[0] = __builtin_shufflevector(rg01, b01, 0, 1, 4, 5);
+        at[step] = __builtin_shufflevector(rg01, b01, 2, 3, 6, 7);
+        at[2 * step] = __builtin_shufflevector(rg23, b23, 0, 1, 4, 5);
+        at[3 * step] = __builtin_shufflevector(rg23, b23, 2, 3, 6, 7);
       }
     }
   }
 
-  void unpack(T* __restrict to) {
-    const int size = height_ * width_;
-    for (int y = 0; y < height_; ++y, to += width_) {
-      const T* __restrict from = reinterpret_cast<const T*>(inner_row(front_.get(), y));
-      if constexpr (channels == 1) {
-        std::copy(from, from + width_, to);
-      } else {
-        for (int x = 0; x < width_; ++x) {
-          to[x] = from[4 * x];
-          to[x + size] = from[4 * x + 1];
-          to[x + 2 * size] = from[4 * x + 2];
-        }
+  // Pixels from outside are those of the border, which is zero.
+  void unpack(T* to, const Move& m) {
+    for (int x = 0; x < width_; ++x) taps_[x] = clamped(m.mirror ? m.dx - x : x + m.dx, -1, width_);
+    for (int y = 0; y < height_; ++y)
+      unpack_row(inner_row(front_.get(), clamped(y + m.dy, -1, height_)), to + y * width_);
+  }
+
+  void unpack_row(const Pixel* __restrict from, T* __restrict to) {
+    const int* __restrict taps = taps_.get();
+    const int width = width_, size = height_ * width_;
+    if constexpr (channels == 1) {
+      for (int x = 0; x < width; ++x) to[x] = from[taps[x]];
+    } else if (width < 4) {
+      for (int x = 0; x < width; ++x)
+        for (int c = 0; c < channels; ++c) to[x + c * size] = from[taps[x]][c];
+    } else {
+      for (int i = 0; i < width; i += 4) {
+        const int x = std::min(i, width - 4);
+        const Pixel p0 = from[taps[x]], p1 = from[taps[x + 1]], p2 = from[taps[x + 2]],
+                    p3 = from[taps[x + 3]];
+        const Pixel rg01 = __builtin_shufflevector(p0, p1, 0, 4, 1, 5),
+                    rg23 = __builtin_shufflevector(p2, p3, 0, 4, 1, 5);
+        const Pixel b01 = __builtin_shufflevector(p0, p1, 2, 6, 3, 7),
+                    b23 = __builtin_shufflevector(p2, p3, 2, 6, 3, 7);
+        const Pixel r = __builtin_shufflevector(rg01, rg23, 0, 1, 4, 5),
+                    g = __builtin_shufflevector(rg01, rg23, 2, 3, 6, 7),
+                    b = __builtin_shufflevector(b01, b23, 0, 1, 4, 5);
+        std::memcpy(to + x, &r, sizeof r);
+        std::memcpy(to + x + size, &g, sizeof g);
+        std::memcpy(to + x + 2 * size, &b, sizeof b);
       }
     }
   }
@@ -261,16 +346,18 @@ class Resampler {
     front_.swap(back_);
   }
 
-  // taps_ and weights_ of row y: the pixel above and left of each sample point, and the shares of right and
-  // below.
-  void locate_row(int y, const Linear<T>& map) {
-    const T cx = static_cast<T>(width_ - 1) / 2, cy = static_cast<T>(height_ - 1) / 2;
-    const T v = static_cast<T>(y) - cy, x0 = map.xy * v + cx, y0 = map.yy * v + cy, xx = map.xx, yx = map.yx;
-    int* __restrict taps = taps_.get();
-    T* __restrict shares = weights_.get();
+  // One of the two slots of taps_ and weights_, for row y: the pixel above and left of each sample point, and
+  // the shares of right and below.
+  void locate_row(int y, const Linear<T>& map, int slot) {
+    const T cy = static_cast<T>(height_ - 1) / 2;
+    const T v = static_cast<T>(y) - cy, x0 = map.xy * v + static_cast<T>(width_ - 1) / 2,
+            y0 = map.yy * v + cy, xx = map.xx, yx = map.yx;
+    int* __restrict taps = taps_.get() + slot * width_;
+    const T* __restrict us = columns_.get();
+    T* __restrict shares = weights_.get() + 2 * slot * width_;
     const int width = width_, height = height_, pitch = pitch_;
     for (int i = 0; i < width; ++i) {
-      const T u = static_cast<T>(i) - cx;
+      const T u = us[i];
       T right, below;
       const int column = locate(xx * u + x0, width, &right), row = locate(yx * u + y0, height, &below);
       taps[i] = row * pitch + column;
@@ -280,15 +367,27 @@ class Resampler {
   }
 
   void gather(const Linear<T>& map) {
+    const Pixel* __restrict front = front_.get();
+    const int* __restrict taps = taps_.get();
+    const int pitch = pitch_, width = width_;
     const T* __restrict fx = weights_.get(), * __restrict fy = fx + width_;
     for (int y = 0; y < height_; ++y) {
-      locate_row(y, map);
+      locate_row(y, map, 0);
       Pixel* __restrict to = inner_row(back_.get(), y);
-      for (int x = 0; x < width_; ++x) {
-        const Pixel *above = front_.get() + taps_[x], *below = above + pitch_;
-        const Pixel a = above[0] + fx[x] * (above[1] - above[0]),
-                    b = below[0] + fx[x] * (below[1] - below[0]);
-        to[x] = a + fy[x] * (b - a);
+      for (int x = 0; x < width; ++x) {
+        const Pixel* tap = front + taps[x];
+        Pair above, below;
+        std::memcpy(&above, tap, sizeof above);
+        std::memcpy(&below, tap + pitch, sizeof below);
+        const Pair blend = above + fy[x] * (below - above);
+        Pixel left, right;
+        if constexpr (channels == 1) {
+          left = blend[0], right = blend[1];
+        } else {
+          left = __builtin_shufflevector(blend, blend, 0, 1, 2, 3);
+          right = __builtin_shufflevector(blend, blend, 4, 5, 6, 7);
+        }
+        to[x] = left + fx[x] * (right - left);
       }
     }
     front_.swap(back_);
@@ -296,20 +395,27 @@ class Resampler {
 
   void scatter(const Linear<T>& map) {
     std::fill_n(back_.get(), area_, Pixel{});
-    const int half = width_ / 2;
-    for (int y = 0; y < height_; ++y) {
-      locate_row(y, map);
-      const Pixel* from = inner_row(front_.get(), y);
-      // Neighbours add to the same pixels; taking turns between the halves spares the wait for the last
-      // store.
-      for (int x = 0; x < half; ++x) {
-        add_taps(from, x);
-        add_taps(from, x + half);
-      }
-      if (width_ % 2) add_taps(from, width_ - 1);
+    // Neighbours add to the same pixels, and a load waits where two late stores overlap it: even and odd
+    // columns of two distant rows take turns.
+    const int half = (height_ + 1) / 2;
+    for (int y = 0; y < half; ++y) {
+      const int rows = y + half < height_ ? 2 : 1;
+      for (int k = 0; k < rows; ++k) locate_row(y + k * half, map, k);
+      for (int first = 0; first < 2; ++first)
+        for (int k = 0; k < rows; ++k) scatter_row(y + k * half, k, first);
     }
     front_.swap(back_);
     clear_border();
+  }
+
+  // Every other pixel of row y, whose taps are those of the slot.
+  void scatter_row(int y, int slot, int first) {
+    const int width = width_, pitch = pitch_;
+    const int* __restrict taps = taps_.get() + slot * width;
+    const T* __restrict fx = weights_.get() + 2 * slot * width, * __restrict fy = fx + width;
+    const Pixel* __restrict from = inner_row(front_.get(), y);
+    Pixel* __restrict to = back_.get();
+    for (int x = first; x < width; x += 2) add_taps(from[x], fx[x], fy[x], to + taps[x], pitch);
   }
 
   void clear_border() {
@@ -322,49 +428,59 @@ class Resampler {
     std::fill_n(image + (height_ + 1) * pitch_, 2 * pitch_, Pixel{});
   }
 
-  void add_taps(const Pixel* from, int x) {
-    const T fx = weights_[x], fy = weights_[x + width_];
-    Pixel *above = back_.get() + taps_[x], *below = above + pitch_;
-    const Pixel b = fy * from[x], a = from[x] - b, b1 = fx * b, a1 = fx * a;
-    above[0] += a - a1;
-    above[1] += a1;
-    below[0] += b - b1;
-    below[1] += b1;
+  static void add_taps(const Pixel& from, T fx, T fy, Pixel* above, int pitch) {
+    Pair left, step, value;
+    if constexpr (channels == 1) {
+      left = Pair{1, 0}, step = Pair{-1, 1}, value = Pair{from, from};
+    } else {
+      left = Pair{1, 1, 1, 1, 0, 0, 0, 0}, step = Pair{-1, -1, -1, -1, 1, 1, 1, 1};
+      value = __builtin_shufflevector(from, from, 0, 1, 2, 3, 0, 1, 2, 3);
+    }
+    Pixel* below = above + pitch;
+    const Pair share = (left + fx * step) * value, lower = fy * share;
+    Pair sum;
+    std::memcpy(&sum, above, sizeof sum);
+    sum += share - lower;
+    std::memcpy(above, &sum, sizeof sum);
+    std::memcpy(&sum, below, sizeof sum);
+    sum += lower;
+    std::memcpy(below, &sum, sizeof sum);
   }
 
   static constexpr int lanes = sizeof(Pixel) / sizeof(T);
   int height_, width_, pitch_, area_;
   std::unique_ptr<Pixel[]> front_, back_, row_;
   std::unique_ptr<int[]> taps_;
-  std::unique_ptr<T[]> weights_;
+  std::unique_ptr<T[]> colored_, weights_, columns_;
   Axis<T> vertical_, horizontal_;
 };
 
 // ---- the stages in turn, image by image ----
 
-// One task's buffers. Each stage that is on reads what the one before it wrote; the last one writes `to`.
+// One task's buffers. Of the two stages without resampling, the first one writes the buffer and the last one
+// `to`.
 template <class T, int channels>
 class Chain {
  public:
   explicit Chain(const ImageBatch& image)
       : image_(image),
         size_(image.height * image.width),
-        buffers_(new T[2 * static_cast<size_t>(channels) * size_]) {}
+        buffer_(new T[static_cast<size_t>(channels) * size_]) {}
 
   void augment(const T* from, const float* p, T* to) {
+    if (resamples(p)) return resampler().augment(from, p, to);
     const Color color = make_color(p, false);
     const Move moved = make_move(p, image_.height, image_.width, false);
-    start(from, to, color.on() + moved.on() + resamples(p));
+    start(from, to, color.on() + moved.on());
     if (color.on()) stage([&](const T* x, T* y) { recolor<T, channels>(x, y, size_, color); });
     if (moved.on()) stage([&](const T* x, T* y) { move(x, y, image_, moved); });
-    if (resamples(p)) stage([&](const T* x, T* y) { resampler().augment(x, p, y); });
   }
 
   void adjoint(const T* from, const float* p, T* to) {
+    if (resamples(p)) return resampler().adjoint(from, p, to);
     const Color color = make_color(p, true);
     const Move moved = make_move(p, image_.height, image_.width, true);
-    start(from, to, color.on() + moved.on() + resamples(p));
-    if (resamples(p)) stage([&](const T* x, T* y) { resampler().adjoint(x, p, y); });
+    start(from, to, color.on() + moved.on());
     if (moved.on()) stage([&](const T* x, T* y) { move(x, y, image_, moved); });
     if (color.on()) stage([&](const T* x, T* y) { recolor<T, channels>(x, y, size_, color); });
   }
@@ -381,7 +497,7 @@ class Chain {
 
   template <class Stage>
   void stage(const Stage& apply) {
-    T* out = --left_ == 0 ? to_ : buffers_.get() + (left_ % 2) * channels * size_;
+    T* out = --left_ == 0 ? to_ : buffer_.get();
     apply(from_, out);
     from_ = out;
   }
@@ -393,12 +509,20 @@ class Chain {
 
   const ImageBatch image_;
   const int size_;
-  const std::unique_ptr<T[]> buffers_;
+  const std::unique_ptr<T[]> buffer_;
   std::optional<Resampler<T, channels>> resampler_;
   const T* from_;
   T* to_;
   int left_;
 };
+
+// Asks for an image while the one before it is computed; write: 1 to store it.
+template <int write, class T>
+void prefetch(const T* image, int64_t size) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t k = 0; k < std::min(size, kPrefetch / int64_t{sizeof(T)}); k += line)
+    __builtin_prefetch(image + k, write, 2);
+}
 
 template <class T, int channels, bool transpose>
 void run_images(const T* images, const float* plan, const ImageBatch& batch, T* out, const Queue& queue) {
@@ -408,6 +532,10 @@ void run_images(const T* images, const float* plan, const ImageBatch& batch, T* 
     Chain<T, channels> chain(batch);
     for (int64_t i = begin; i < end; ++i) {
       const float* p = plan + i * kPlanSize;
+      if (i + 1 < end) {
+        prefetch<0>(images + (i + 1) * size, size);
+        prefetch<1>(out + (i + 1) * size, size);
+      }
       if (transpose) {
         chain.adjoint(images + i * size, p, out + i * size);
       } else {

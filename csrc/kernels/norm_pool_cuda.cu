@@ -1,0 +1,531 @@
+// One block works on a group of channels of one image: thread (lane, stripe) on `lane`'s pack of channels (16
+// bytes) at every stripe-th 2x2 window. Each plane is read once from device memory; later sweeps read it from
+// shared memory, where each thread keeps its own pixels, or, where planes are too large for that, again
+// through the caches.
+//
+// Device memory traffic in values per value of y (P = 1/4 for a pooled plane):
+//   forward 1 + P, backward 2 + P, dual 2 + 2 P, dual_backward 4 + 2 P.
+// For y of (100, 128, 32, 32) in float32 that is 66, 118, 131 and 236 MB.
+#include "kernels/norm_pool.h"
+
+#include "kernels/cuda_compat.h"
+#include "kernels/reduce.cuh"
+
+#define DDPP_INLINE __device__ __forceinline__
+
+namespace ddpp {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
+constexpr int kBlocks = 2;                     // that fit on a multiprocessor together, by registers
+constexpr int64_t kMaxStaged = 96 * 1024;      // and, of the largest GPUs, by shared memory; bytes
+constexpr int64_t kDefaultShared = 48 * 1024;  // that need no permission
+constexpr int64_t kSector = 32;                // that device memory gives at once
+
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Pack {  // 16 bytes, or one channel where packs are not aligned
+  T at[kWidth];
+};
+
+template <class T, int kWidth, class F>
+DDPP_INLINE Pack<T, kWidth> each(const F& f) {
+  Pack<T, kWidth> result;
+  for (int k = 0; k < kWidth; ++k) result.at[k] = f(k);
+  return result;
+}
+
+template <class T, int kWidth>
+DDPP_INLINE Pack<T, kWidth> operator+(const Pack<T, kWidth>& a, const Pack<T, kWidth>& b) {
+  return each<T, kWidth>([&](int k) { return a.at[k] + b.at[k]; });
+}
+template <class T, int kWidth>
+DDPP_INLINE Pack<T, kWidth> operator-(const Pack<T, kWidth>& a, const Pack<T, kWidth>& b) {
+  return each<T, kWidth>([&](int k) { return a.at[k] - b.at[k]; });
+}
+template <class T, int kWidth>
+DDPP_INLINE Pack<T, kWidth> operator*(const Pack<T, kWidth>& a, const Pack<T, kWidth>& b) {
+  return each<T, kWidth>([&](int k) { return a.at[k] * b.at[k]; });
+}
+template <class T, int kWidth>
+DDPP_INLINE Pack<T, kWidth> operator*(const Pack<T, kWidth>& a, T b) {
+  return each<T, kWidth>([&](int k) { return a.at[k] * b; });
+}
+// x where z > 0 or z is NaN, 0 elsewhere
+template <class T, int kWidth>
+DDPP_INLINE Pack<T, kWidth> where_active(const Pack<T, kWidth>& z, const Pack<T, kWidth>& x) {
+  return each<T, kWidth>([&](int k) { return z.at[k] <= 0 ? T(0) : x.at[k]; });
+}
+template <class T, int kWidth>
+DDPP_INLINE Pack<T, kWidth> reciprocal_deviation(const Pack<T, kWidth>& variance, T eps) {
+  return each<T, kWidth>([&](int k) { return 1 / sqrt((variance.at[k] < 0 ? 0 : variance.at[k]) + eps); });
+}
+
+#include "kernels/norm_pool_terms.inl"
+
+// How a batch is cut into blocks.
+struct Layout {
+  int64_t channels, row;  // values from a pixel to the next and to the one below
+  int height, width;
+  int lanes;         // packs of a block, a power of two up to a warp
+  int64_t groups;    // blocks of an image
+  int64_t row_size;  // of a row of statistics
+};
+
+// A thread's place. Threads beyond the last channel do nothing, but reach every barrier.
+template <class T, int kWidth>
+struct Place {
+  using V = Pack<T, kWidth>;
+
+  explicit DDPP_INLINE Place(const Layout& layout) : layout(layout) {
+    const int64_t n = blockIdx.x / layout.groups;
+    lane = static_cast<int>(threadIdx.x) % layout.lanes;
+    stripe = static_cast<int>(threadIdx.x) / layout.lanes;
+    channel = (blockIdx.x % layout.groups * layout.lanes + lane) * kWidth;
+    active = channel < layout.channels;
+    plane = n * layout.height * layout.row + channel;
+    pooled = n * (layout.height / 2) * (layout.width / 2) * layout.channels + channel;
+    statistic = n * layout.channels + channel;
+    part = T(1) / (static_cast<T>(layout.height) * static_cast<T>(layout.width));
+  }
+  static DDPP_INLINE V load(const T* from) { return *reinterpret_cast<const V*>(from); }
+  static DDPP_INLINE void store(T* to, const V& x) { *reinterpret_cast<V*>(to) = x; }
+  DDPP_INLINE V of_channel(const T* from) const { return active ? load(from + channel) : V{}; }
+  DDPP_INLINE V saved(const T* statistics, int row) const {
+    return active ? load(statistics + row * layout.row_size + statistic) : V{};
+  }
+  DDPP_INLINE void save(T* statistics, int row, const V& x) const {  // one thread for each pack
+    if (active && stripe == 0) store(statistics + row * layout.row_size + statistic, x);
+  }
+
+  // window(at, pooled, slot) at each of this thread's windows: the offsets of its first and of its pooled
+  // pixel (-1: partly outside, not pooled), and the place of its first pixel among those of the thread.
+  template <class F>
+  DDPP_INLINE void windows(const F& window) const {
+    if (!active) return;
+    const int wide = (layout.width + 1) / 2, count = (layout.height + 1) / 2 * wide,
+              stripes = kThreads / layout.lanes;
+    int slot = 0;
+    for (int i = stripe; i < count; i += stripes, slot += 4) {
+      const int y = i / wide, x = i % wide;
+      const Window at{plane + 2 * (y * layout.row + x * layout.channels), 2 * x + 1 < layout.width,
+                      2 * y + 1 < layout.height, slot};
+      const bool whole = at.right && at.below;
+      window(at, whole ? pooled + (y * (layout.width / 2) + x) * layout.channels : int64_t{-1});
+    }
+  }
+
+  struct Window {
+    int64_t at;
+    bool right, below;  // whether it has pixels there
+    int slot;
+  };
+  // pixel(offset, slot) at the pixels of a window
+  template <class F>
+  DDPP_INLINE void in_window(const Window& window, const F& pixel) const {
+    pixel(window.at, window.slot);
+    if (window.right) pixel(window.at + layout.channels, window.slot + 1);
+    if (window.below) pixel(window.at + layout.row, window.slot + 2);
+    if (window.right && window.below) pixel(window.at + layout.row + layout.channels, window.slot + 3);
+  }
+  template <class F>
+  DDPP_INLINE void pixels(const F& pixel) const {
+    windows([&](const Window& window, int64_t) { in_window(window, pixel); });
+  }
+
+  const Layout layout;
+  int lane, stripe;
+  int64_t channel, plane, pooled, statistic;
+  bool active;
+  T part;
+};
+
+// A plane that is read several times: first from device memory, then from where this thread keeps it.
+template <class T, int kWidth, bool kStaged>
+struct Plane {
+  using V = Pack<T, kWidth>;
+  DDPP_INLINE V first(int64_t at, int slot) const {
+    const V x = Place<T, kWidth>::load(from + at);
+    if (kStaged) stage[slot * kThreads + threadIdx.x] = x;
+    return x;
+  }
+  DDPP_INLINE V again(int64_t at, int slot) const {
+    return kStaged ? stage[slot * kThreads + threadIdx.x] : Place<T, kWidth>::load(from + at);
+  }
+  const T* from;
+  V* stage;
+};
+
+// Replaces each of the sums by the sum over the block's threads of the same lane.
+template <int kSums, class T, int kWidth>
+DDPP_INLINE void sum_stripes(Pack<T, kWidth> (&sums)[kSums], const Place<T, kWidth>& place,
+                             Pack<T, kWidth>* scratch) {
+  const int lanes = place.layout.lanes, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  for (int s = 0; s < kSums; ++s) {
+    for (int offset = kWarpSize / 2; offset >= lanes; offset /= 2)
+      sums[s] =
+          sums[s] + each<T, kWidth>([&](int k) { return __shfl_xor_sync(kFullWarp, sums[s].at[k], offset); });
+    if (static_cast<int>(threadIdx.x) % kWarpSize < lanes)
+      scratch[(s * kWarps + warp) * lanes + place.lane] = sums[s];
+  }
+  __syncthreads();
+  for (int s = 0; s < kSums; ++s) {
+    sums[s] = scratch[s * kWarps * lanes + place.lane];
+    for (int w = 1; w < kWarps; ++w) sums[s] = sums[s] + scratch[(s * kWarps + w) * lanes + place.lane];
+  }
+  __syncthreads();  // scratch may be used again
+}
+
+template <class T, int kWidth>
+DDPP_INLINE Norm<Pack<T, kWidth>> saved_norm(const Place<T, kWidth>& place, const T* statistics,
+                                             const T* scale, const T* shift) {
+  return {place.saved(statistics, kMean), place.saved(statistics, kRest), place.saved(statistics, kRstd),
+          place.of_channel(scale), place.of_channel(shift)};
+}
+
+template <class T, int kWidth, bool kStaged>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    forward_kernel(const T* __restrict__ y, const T* __restrict__ scale, const T* __restrict__ shift, T eps,
+                   Layout layout, T* __restrict__ out, T* __restrict__ statistics) {
+  using V = Pack<T, kWidth>;
+  DDPP_DYNAMIC_SHARED(V, shared);
+  const Place<T, kWidth> place(layout);
+  const Plane<T, kWidth, kStaged> planes{y, shared + kWarps * layout.lanes * 2};
+  const V start =
+      place.active ? place.load(y + place.plane) : V{};  // makes the mean of a constant plane exact
+  V first[1] = {};
+  place.pixels([&](int64_t at, int slot) { first[0] = first[0] + (planes.first(at, slot) - start); });
+  sum_stripes(first, place, shared);
+  const V mean = start + first[0] * place.part;
+  V sums[2] = {};
+  place.pixels([&](int64_t at, int slot) {
+    const V d = planes.again(at, slot) - mean;
+    sums[0] = sums[0] + d;
+    sums[1] = sums[1] + d * d;
+  });
+  sum_stripes(sums, place, shared);
+  const V rest = sums[0] * place.part;
+  const V rstd = reciprocal_deviation(sums[1] * place.part - rest * rest, eps);
+  place.save(statistics, kMean, mean);
+  place.save(statistics, kRest, rest);
+  place.save(statistics, kRstd, rstd);
+  const Norm<V> norm(mean, rest, rstd, place.of_channel(scale), place.of_channel(shift));
+  place.windows([&](const auto& window, int64_t pooled) {
+    if (pooled < 0) return;
+    V pool{};
+    place.in_window(window, [&](int64_t at, int slot) {
+      const V z = norm(norm.deviation(planes.again(at, slot)));
+      pool = pool + where_active(z, z);
+    });
+    place.store(out + pooled, pool * T(0.25));
+  });
+}
+
+template <class T, int kWidth, bool kStaged>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    backward_kernel(const T* __restrict__ grad_out, const T* __restrict__ y, const T* __restrict__ scale,
+                    const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout,
+                    T* __restrict__ grad_y, T* __restrict__ grad_scale, T* __restrict__ grad_shift) {
+  using V = Pack<T, kWidth>;
+  DDPP_DYNAMIC_SHARED(V, shared);
+  const Place<T, kWidth> place(layout);
+  const Plane<T, kWidth, kStaged> planes{y, shared + kWarps * layout.lanes * 2};
+  const auto norm = saved_norm(place, statistics, scale, shift);
+  V sums[2] = {};  // of the gradient behind ReLU, and of its product with the deviation
+  place.windows([&](const auto& window, int64_t pooled) {
+    const V grad = pooled < 0 ? V{} : place.load(grad_out + pooled) * T(0.25);
+    place.in_window(window, [&](int64_t at, int slot) {
+      const V d = norm.deviation(planes.first(at, slot)), g = where_active(norm(d), grad);
+      sums[0] = sums[0] + g;
+      sums[1] = sums[1] + g * d;
+    });
+  });
+  sum_stripes(sums, place, shared);
+  const BackwardTerms<V> terms(norm, sums[0], sums[1], place.part);
+  place.save(grad_scale, 0, terms.grad_scale);
+  place.save(grad_shift, 0, terms.grad_shift);
+  place.windows([&](const auto& window, int64_t pooled) {
+    const V grad = pooled < 0 ? V{} : place.load(grad_out + pooled) * T(0.25) * norm.gain;
+    place.in_window(window, [&](int64_t at, int slot) {
+      const V d = norm.deviation(planes.again(at, slot));
+      place.store(grad_y + at, where_active(norm(d), grad) + terms.constant - d * terms.slope);
+    });
+  });
+}
+
+template <class T, int kWidth, bool kStaged>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    dual_kernel(Dual<const T> y, Dual<const T> scale, Dual<const T> shift, T eps, Layout layout, Dual<T> out,
+                T* __restrict__ statistics, int slots) {
+  using V = Pack<T, kWidth>;
+  DDPP_DYNAMIC_SHARED(V, shared);
+  const Place<T, kWidth> place(layout);
+  V* stage = shared + kWarps * layout.lanes * 4;
+  const Plane<T, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + slots * kThreads};
+  const V start = place.active ? place.load(y.value + place.plane) : V{};
+  const V tangent_start = place.active ? place.load(y.tangent + place.plane) : V{};
+  V first[2] = {};
+  place.pixels([&](int64_t at, int slot) {
+    first[0] = first[0] + (values.first(at, slot) - start);
+    first[1] = first[1] + (tangents.first(at, slot) - tangent_start);
+  });
+  sum_stripes(first, place, shared);
+  const V mean = start + first[0] * place.part, tangent_mean = tangent_start + first[1] * place.part;
+  V sums[4] = {};
+  place.pixels([&](int64_t at, int slot) {
+    const V d = values.again(at, slot) - mean, t = tangents.again(at, slot) - tangent_mean;
+    sums[0] = sums[0] + d;
+    sums[1] = sums[1] + d * d;
+    sums[2] = sums[2] + t;
+    sums[3] = sums[3] + d * t;
+  });
+  sum_stripes(sums, place, shared);
+  const V rest = sums[0] * place.part, tangent_rest = sums[2] * place.part;
+  const V rstd = reciprocal_deviation(sums[1] * place.part - rest * rest, eps);
+  const Tangent<V> tangent{tangent_mean, tangent_rest, rstd * (sums[3] * place.part - rest * tangent_rest)};
+  place.save(statistics, kMean, mean);
+  place.save(statistics, kRest, rest);
+  place.save(statistics, kRstd, rstd);
+  place.save(statistics, kTangentMean, tangent.mean);
+  place.save(statistics, kTangentRest, tangent.rest);
+  place.save(statistics, kCovariance, tangent.covariance);
+  const Norm<V> norm(mean, rest, rstd, place.of_channel(scale.value), place.of_channel(shift.value));
+  const DualTerms<V> terms(norm, tangent, place.of_channel(scale.tangent), place.of_channel(shift.tangent));
+  place.windows([&](const auto& window, int64_t pooled) {
+    if (pooled < 0) return;
+    V pool{}, tangent_pool{};
+    place.in_window(window, [&](int64_t at, int slot) {
+      const V d = norm.deviation(values.again(at, slot)), z = norm(d);
+      const V t = tangent.deviation(tangents.again(at, slot));
+      pool = pool + where_active(z, z);
+      tangent_pool = tangent_pool + where_active(z, d * terms.slope + t * norm.gain + terms.constant);
+    });
+    place.store(out.value + pooled, pool * T(0.25));
+    place.store(out.tangent + pooled, tangent_pool * T(0.25));
+  });
+}
+
+template <class T, int kWidth, bool kStaged>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    dual_backward_kernel(Dual<const T> grad_out, Dual<const T> y, Dual<const T> scale,
+                         const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout,
+                         Dual<T> grad_y, T* __restrict__ grad_scale, T* __restrict__ grad_shift, int slots) {
+  using V = Pack<T, kWidth>;
+  DDPP_DYNAMIC_SHARED(V, shared);
+  const Place<T, kWidth> place(layout);
+  V* stage = shared + kWarps * layout.lanes * 5;
+  const Plane<T, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + slots * kThreads};
+  const auto norm = saved_norm(place, statistics, scale.value, shift);
+  const Tangent<V> tangent{place.saved(statistics, kTangentMean), place.saved(statistics, kTangentRest),
+                           place.saved(statistics, kCovariance)};
+  V sums[5] = {};
+  place.windows([&](const auto& window, int64_t pooled) {
+    const V u = pooled < 0 ? V{} : place.load(grad_out.value + pooled) * T(0.25);
+    const V v = pooled < 0 ? V{} : place.load(grad_out.tangent + pooled) * T(0.25);
+    place.in_window(window, [&](int64_t at, int slot) {
+      const V d = norm.deviation(values.first(at, slot)), t = tangent.deviation(tangents.first(at, slot));
+      const V z = norm(d), u_active = where_active(z, u), v_active = where_active(z, v);
+      sums[0] = sums[0] + u_active;
+      sums[1] = sums[1] + u_active * d;
+      sums[2] = sums[2] + v_active;
+      sums[3] = sums[3] + v_active * d;
+      sums[4] = sums[4] + v_active * t;
+    });
+  });
+  sum_stripes(sums, place, shared);
+  const DualBackwardTerms<V> terms(norm, tangent, place.of_channel(scale.tangent),
+                                   {sums[0], sums[1], sums[2], sums[3], sums[4]}, place.part);
+  place.save(grad_scale, 0, terms.grad_scale);
+  place.save(grad_shift, 0, terms.grad_shift);
+  place.windows([&](const auto& window, int64_t pooled) {
+    const V u = pooled < 0 ? V{} : place.load(grad_out.value + pooled) * T(0.25);
+    const V v = pooled < 0 ? V{} : place.load(grad_out.tangent + pooled) * T(0.25);
+    const V grad = u * norm.gain + v * terms.v_gain, tangent_grad = v * norm.gain;
+    place.in_window(window, [&](int64_t at, int slot) {
+      const V d = norm.deviation(values.again(at, slot)), t = tangent.deviation(tangents.again(at, slot));
+      const V z = norm(d);
+      place.store(grad_y.value + at,
+                  where_active(z, grad) + terms.constant - d * terms.slope - t * terms.tangent_slope);
+      place.store(grad_y.tangent + at,
+                  where_active(z, tangent_grad) + terms.tangent_constant - d * terms.tangent_slope);
+    });
+  });
+}
+
+// to[c] = the sum over n of partial[n][c], for both pairs. A block sums one warp's width of channels.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    sum_images_kernel(const T* __restrict__ partial, int64_t n, int64_t channels, T* __restrict__ to_first,
+                      T* __restrict__ to_second) {
+  DDPP_SHARED(double, sums, kThreads);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize,
+            warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
+  const T* from = partial + blockIdx.y * n * channels;
+  double sum = 0;
+  if (channel < channels)
+    for (int64_t i = warp; i < n; i += kWarps) sum += from[i * channels + channel];
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp == 0 && channel < channels) {
+    for (int w = 1; w < kWarps; ++w) sum += sums[w * kWarpSize + lane];
+    (blockIdx.y == 0 ? to_first : to_second)[channel] = static_cast<T>(sum);
+  }
+}
+
+// ---- launchers ----
+
+struct Launch {
+  Layout layout;
+  int slots;  // pixels of a thread
+  int64_t blocks, shared_bytes;
+  bool staged;
+};
+
+template <class V>
+Launch make_launch(const PlaneBatch& size, int width, int sums, int planes) {
+  const int64_t packs = size.channels / width;
+  const int windows = static_cast<int>((size.height + 1) / 2 * ((size.width + 1) / 2));
+  int lanes = 1;
+  while (lanes < kWarpSize && lanes < packs &&
+         (lanes * int64_t{sizeof(V)} < kSector || lanes * windows < kThreads))
+    lanes *= 2;
+  const int64_t groups = (packs + lanes - 1) / lanes;
+  const int stripes = kThreads / lanes, slots = (windows + stripes - 1) / stripes * 4;
+  const int64_t scratch = int64_t{sizeof(V)} * kWarps * lanes * sums;
+  const int64_t staged = scratch + int64_t{sizeof(V)} * kThreads * slots * planes;
+  const int64_t available = max_shared_bytes();
+  const bool fits = staged <= (available < kMaxStaged ? available : kMaxStaged);
+  const Layout layout{size.channels,
+                      size.width * size.channels,
+                      static_cast<int>(size.height),
+                      static_cast<int>(size.width),
+                      lanes,
+                      groups,
+                      size.n * size.channels};
+  return {layout, slots, size.n * groups, fits ? staged : scratch, fits};
+}
+
+template <class... Parameters, class... Arguments>
+int start(void (*kernel)(Parameters...), const Launch& launch, const Queue& queue, Arguments... arguments) {
+  if (launch.blocks == 0) return 0;
+  if (launch.shared_bytes > kDefaultShared) {
+    const auto error = DDPP_ALLOW_SHARED(kernel, launch.shared_bytes);
+    if (error != cudaSuccess) return static_cast<int>(error);
+  }
+  DDPP_LAUNCH(kernel, static_cast<unsigned>(launch.blocks), kThreads, launch.shared_bytes, queue.stream,
+              arguments...);
+  return static_cast<int>(cudaGetLastError());
+}
+
+template <class T>
+int sum_images(const T* partial, const PlaneBatch& size, T* to_first, T* to_second, const Queue& queue) {
+  if (size.channels == 0) return 0;
+  const dim3 grid(static_cast<unsigned>((size.channels + kWarpSize - 1) / kWarpSize), 2);
+  DDPP_LAUNCH(sum_images_kernel<T>, grid, kThreads, 0, queue.stream, partial, size.n, size.channels, to_first,
+              to_second);
+  return static_cast<int>(cudaGetLastError());
+}
+
+template <class T, class... Pointers>
+bool aligned(const PlaneBatch& size, Pointers... pointers) {
+  const uintptr_t bits = (reinterpret_cast<uintptr_t>(pointers) | ...);
+  return bits % 16 == 0 && size.channels % (16 / static_cast<int64_t>(sizeof(T))) == 0;
+}
+
+template <class T>
+int64_t scratch_bytes(const PlaneBatch& size) {
+  return 2 * size.n * size.channels * static_cast<int64_t>(sizeof(T));
+}
+
+template <class T, int kWidth>
+int forward_as(const T* y, const T* scale, const T* shift, double eps, const PlaneBatch& size, T* out,
+               T* statistics, const Queue& queue) {
+  const Launch launch = make_launch<Pack<T, kWidth>>(size, kWidth, 2, 1);
+  const auto kernel = launch.staged ? forward_kernel<T, kWidth, true> : forward_kernel<T, kWidth, false>;
+  return start(kernel, launch, queue, y, scale, shift, static_cast<T>(eps), launch.layout, out, statistics);
+}
+
+template <class T>
+int forward(const T* y, const T* scale, const T* shift, double eps, const PlaneBatch& size, T* out,
+            T* statistics, const Queue& queue) {
+  const auto run =
+      aligned<T>(size, y, scale, shift, out, statistics) ? forward_as<T, 16 / sizeof(T)> : forward_as<T, 1>;
+  return run(y, scale, shift, eps, size, out, statistics, queue);
+}
+
+template <class T, int kWidth>
+int backward_as(const T* grad_out, const T* y, const T* scale, const T* shift, const T* statistics,
+                const PlaneBatch& size, void* scratch, T* grad_y, T* grad_scale, T* grad_shift,
+                const Queue& queue) {
+  const Launch launch = make_launch<Pack<T, kWidth>>(size, kWidth, 2, 1);
+  const auto kernel = launch.staged ? backward_kernel<T, kWidth, true> : backward_kernel<T, kWidth, false>;
+  T *scale_sums = static_cast<T*>(scratch), *shift_sums = scale_sums + size.n * size.channels;
+  const int error = start(kernel, launch, queue, grad_out, y, scale, shift, statistics, launch.layout, grad_y,
+                          scale_sums, shift_sums);
+  return error ? error : sum_images<T>(scale_sums, size, grad_scale, grad_shift, queue);
+}
+
+template <class T>
+int backward(const T* grad_out, const T* y, const T* scale, const T* shift, const T* statistics,
+             const PlaneBatch& size, void* scratch, T* grad_y, T* grad_scale, T* grad_shift,
+             const Queue& queue) {
+  const auto run = aligned<T>(size, grad_out, y, scale, shift, statistics, scratch, grad_y)
+                       ? backward_as<T, 16 / sizeof(T)>
+                       : backward_as<T, 1>;
+  return run(grad_out, y, scale, shift, statistics, size, scratch, grad_y, grad_scale, grad_shift, queue);
+}
+
+template <class T, int kWidth>
+int dual_as(Dual<const T> y, Dual<const T> scale, Dual<const T> shift, double eps, const PlaneBatch& size,
+            Dual<T> out, T* statistics, const Queue& queue) {
+  const Launch launch = make_launch<Pack<T, kWidth>>(size, kWidth, 4, 2);
+  const auto kernel = launch.staged ? dual_kernel<T, kWidth, true> : dual_kernel<T, kWidth, false>;
+  return start(kernel, launch, queue, y, scale, shift, static_cast<T>(eps), launch.layout, out, statistics,
+               launch.slots);
+}
+
+template <class T>
+int dual(Dual<const T> y, Dual<const T> scale, Dual<const T> shift, double eps, const PlaneBatch& size,
+         Dual<T> out, T* statistics, const Queue& queue) {
+  const auto run = aligned<T>(size, y.value, y.tangent, scale.value, scale.tangent, shift.value,
+                              shift.tangent, out.value, out.tangent, statistics)
+                       ? dual_as<T, 16 / sizeof(T)>
+                       : dual_as<T, 1>;
+  return run(y, scale, shift, eps, size, out, statistics, queue);
+}
+
+template <class T, int kWidth>
+int dual_backward_as(Dual<const T> grad_out, Dual<const T> y, Dual<const T> scale, const T* shift,
+                     const T* statistics, const PlaneBatch& size, void* scratch, Dual<T> grad_y,
+                     T* grad_scale, T* grad_shift, const Queue& queue) {
+  const Launch launch = make_launch<Pack<T, kWidth>>(size, kWidth, 5, 2);
+  const auto kernel =
+      launch.staged ? dual_backward_kernel<T, kWidth, true> : dual_backward_kernel<T, kWidth, false>;
+  T *scale_sums = static_cast<T*>(scratch), *shift_sums = scale_sums + size.n * size.channels;
+  const int error = start(kernel, launch, queue, grad_out, y, scale, shift, statistics, launch.layout, grad_y,
+                          scale_sums, shift_sums, launch.slots);
+  return error ? error : sum_images<T>(scale_sums, size, grad_scale, grad_shift, queue);
+}
+
+template <class T>
+int dual_backward(Dual<const T> grad_out, Dual<const T> y, Dual<const T> scale, const T* shift,
+                  const T* statistics, const PlaneBatch& size, void* scratch, Dual<T> grad_y, T* grad_scale,
+                  T* grad_shift, const Queue& queue) {
+  const auto run = aligned<T>(size, grad_out.value, grad_out.tangent, y.value, y.tangent, scale.value,
+                              scale.tangent, shift, statistics, scratch, grad_y.value, grad_y.tangent)
+                       ? dual_backward_as<T, 16 / sizeof(T)>
+                       : dual_backward_as<T, 1>;
+  return run(grad_out, y, scale, shift, statistics, size, scratch, grad_y, grad_scale, grad_shift, queue);
+}
+
+}  // namespace
+
+template <class T>
+const NormPool<T>& norm_pool_cuda() {
+  static const NormPool<T> launchers{scratch_bytes<T>, forward<T>, backward<T>, dual<T>, dual_backward<T>};
+  return launchers;
+}
+template const NormPool<float>& norm_pool_cuda();
+template const NormPool<double>& norm_pool_cuda();
+
+}  // namespace ddpp
