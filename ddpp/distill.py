@@ -127,7 +127,7 @@ def distill(settings: DistillConfig, first: Synthetic, method: Method, folder: P
             log.add(row)
             progress.update()
             progress.set_postfix(loss=row["loss"], step_size=row["step_size"], refresh=False)
-            if state.undone_in_a_row == UNDONE_IN_A_ROW:
+            if state.undone_in_a_row >= UNDONE_IN_A_ROW:
                 save(state)
                 raise UserError(_diverged(state, folder))
             if state.step % settings.snapshot_every == 0 or state.step == settings.steps:

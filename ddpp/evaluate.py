@@ -89,22 +89,20 @@ class Evaluation:
     def full(self, model: str) -> list[Scores]:
         """All real training images."""
         settings = self.config.evaluate
-        recipe = Recipe(
-            epochs=settings.full_epochs,
-            lr=settings.full_lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            batch=settings.batch,
-            decay=True,
-        )
+        recipe = self._recipe(settings.full_epochs, settings.full_lr)
         images, labels = self.dataset.train_images, self.dataset.train_labels
         return [self.network(model, images, labels, recipe, "full", n) for n in range(settings.networks)]
 
     def recipe(self, trained_on: Synthetic) -> Recipe:
+        """How networks are trained on a synthetic set: at its learned step size unless a rate is given."""
+        settings = self.config.evaluate
+        return self._recipe(settings.epochs, settings.lr if settings.lr is not None else float(trained_on.step_size))
+
+    def _recipe(self, epochs: int, lr: float) -> Recipe:
         settings = self.config.evaluate
         return Recipe(
-            epochs=settings.epochs,
-            lr=settings.lr if settings.lr is not None else float(trained_on.step_size),
+            epochs=epochs,
+            lr=lr,
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             batch=settings.batch,

@@ -117,8 +117,8 @@ class _Scripted:
     @staticmethod
     def check(config: Config) -> None: ...
 
-    def __init__(self, losses: list[float], kept: float = 1.0) -> None:
-        self.losses, self.kept = losses, kept
+    def __init__(self, losses: list[float], kept: float = 1.0, first_is_nan: bool = False) -> None:
+        self.losses, self.kept = losses[1:] if first_is_nan else losses, kept
 
     def update(self, held: Synthetic, step: int) -> Update:
         loss = torch.tensor(self.losses[step % len(self.losses)])
@@ -146,6 +146,8 @@ def test_ten_undone_in_a_row_end_with_the_last_good_result(tmp_path: Path) -> No
     state = distill.State.load(tmp_path / "checkpoint.safetensors", torch.device("cpu"))
     assert state.step == 11 and bool(torch.isfinite(state.synthetic.images).all())
     assert len(runs.read_log(tmp_path / "log.jsonl")) == 11
+    with pytest.raises(UserError, match="steps in a row"):  # continued unchanged, it ends again instead of going on
+        scripted([1.0] + [float("nan")] * 10, 50, tmp_path, first_is_nan=True)
 
 
 def test_a_degenerate_step_is_skipped_and_counted(tmp_path: Path) -> None:
