@@ -2,26 +2,30 @@
 
 Student: theta_{j+1} = theta_j - lr g_j with g_j = d/dtheta CE(network(A_j(X[b_j]); theta_j), y[b_j]), j = 0..J-1.
 Two engines give the same gradients. ``unrolled`` keeps the graph of all J steps, as trajectory matching is usually
-written. ``adjoint`` keeps theta_0..theta_J only and walks back with lambda = dL/dtheta, one step's graph at a time:
+written. ``adjoint`` keeps theta_0..theta_J only and walks back with lambda = dL/dtheta, one step at a time:
 
     phi_j     = <g_j, lambda_{j+1}>
     dL/dX    += -lr dphi_j/dX,   dL/dlr += -phi_j,   dL/dy += -lr dphi_j/dy
     lambda_j  = lambda_{j+1} - lr dphi_j/dtheta
+
+The walk knows no network: a :class:`Step` gives g_j, and phi_j with its derivatives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
 
+from ddpp.dual import ConvNetStep, StepAdjoint
 from ddpp.errors import UserError, nearest
-from ddpp.models import flat
-from ddpp.ops import dsa_augment, masked_match_loss
+from ddpp.models import Network, flat
+from ddpp.ops import dsa_augment, masked_match_loss, norm_relu_pool
 
 
 class Matching(NamedTuple):
@@ -33,6 +37,112 @@ class Matching(NamedTuple):
     labels: Tensor | None  # [N, K]
     kept: Tensor  # [] int64
     end: Tensor  # [P]
+
+
+class Step(Protocol):
+    """One student step of some network, by flat parameters [P], augmented images [n, C, H, W] and their labels."""
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """d/dtheta of the mean cross-entropy. [P]"""
+
+    def adjoint(self, theta: Tensor, adjoint: Tensor, images: Tensor, labels: Tensor) -> StepAdjoint:
+        """phi = <gradient(theta, images, labels), adjoint> and its derivatives."""
+
+
+class AutogradStep:
+    """Reverse over reverse, for any twice differentiable network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        theta = theta.detach().requires_grad_()
+        return grad(_cross_entropy(self.network, theta, images, labels), theta)[0]
+
+    def adjoint(self, theta: Tensor, adjoint: Tensor, images: Tensor, labels: Tensor) -> StepAdjoint:
+        theta, images = theta.detach().requires_grad_(), images.detach().requires_grad_()
+        labels = labels.detach().requires_grad_(labels.is_floating_point())
+        loss = _cross_entropy(self.network, theta, images, labels)
+        phi = grad(loss, theta, create_graph=True)[0] @ adjoint
+        d_theta, *parts = grad(phi, [theta, *_learned(images, labels)])
+        return StepAdjoint(phi.detach(), d_theta, parts[0], parts[1] if len(parts) > 1 else None)
+
+
+class _NormReluPool(nn.Module):
+    """Takes the place of an instance normalisation whose ReLU and pooling follow; the parameters keep their names."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_relu_pool(x, self.weight, self.bias, self.eps)
+
+
+def _with_fused_blocks(network: nn.Module) -> nn.Module:
+    """The same network with each instance normalisation, ReLU and 2x2 average pooling in a row as one operator."""
+    network = copy.deepcopy(network)
+    for parent in [m for m in network.modules() if isinstance(m, nn.Sequential)]:
+        for i in range(len(parent) - 2):
+            norm, activation, pooling = parent[i], parent[i + 1], parent[i + 2]
+            if (
+                isinstance(norm, nn.GroupNorm)
+                and _normalises_planes(norm)
+                and isinstance(activation, nn.ReLU)
+                and _halves(pooling)
+            ):
+                parent[i], parent[i + 1], parent[i + 2] = _NormReluPool(norm), nn.Identity(), nn.Identity()
+    return network
+
+
+def _normalises_planes(norm: nn.GroupNorm) -> bool:
+    return norm.num_groups == norm.num_channels and norm.affine
+
+
+def _halves(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.AvgPool2d)
+        and module.kernel_size in (2, (2, 2))
+        and module.stride in (2, (2, 2))
+        and module.padding in (0, (0, 0))
+        and not module.ceil_mode
+    )
+
+
+PROVIDERS = ("auto", "autograd", "fused", "dual")
+
+
+def provider(network: nn.Module, name: str = "auto", *, tile: int = 2) -> Step:
+    """What computes a student step and its adjoint. Built once, it keeps its buffers from one unroll to the next.
+
+    Args:
+        network: a model; its own parameters are not used.
+        name: ``autograd``, reverse over reverse of the plain network; ``fused``, the same with instance normalisation,
+            ReLU and pooling as one operator; ``dual``, the ConvNet's step written out on dual numbers
+            (:mod:`ddpp.dual`), several times faster; ``auto``, the last one that suits the network.
+        tile: side of the Winograd tiles that ``dual`` convolves with on the CPU: 2, 4 (faster, less exact) or 0, none.
+
+    Raises:
+        UserError: an unknown name or tile, or ``dual`` for a network of other blocks.
+    """
+    if name not in PROVIDERS:
+        raise UserError(f"unknown provider {name!r}{nearest(name, PROVIDERS)} Known: {', '.join(PROVIDERS)}")
+    if tile not in (0, 2, 4):
+        raise UserError(f"tile must be 2, 4, or 0 for no Winograd convolution, got {tile}")
+    suits = ConvNetStep.suits(network)
+    if name == "dual" and not suits:
+        raise UserError(
+            "provider 'dual' needs a ConvNet of 3x3 convolutions, instance normalisation, ReLU and 2x2 average "
+            "pooling; give 'auto' or 'fused' for this network"
+        )
+    if isinstance(network, Network) and suits and name in ("auto", "dual"):
+        return ConvNetStep(network, tile)
+    return AutogradStep(network if name == "autograd" else _with_fused_blocks(network))
+
+
+def _cross_entropy(network: nn.Module, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    soft = labels.softmax(1) if labels.is_floating_point() else labels
+    return F.cross_entropy(flat.call(network, theta, images), soft)
 
 
 class _Unroll(NamedTuple):
@@ -49,22 +159,24 @@ class _Unroll(NamedTuple):
     epsilon: float | None
     fused: bool
 
-    def cross_entropy(self, theta: Tensor, images: Tensor, labels: Tensor, step: int) -> Tensor:
-        """Loss of one inner step on its batch, augmented by the step's plan."""
+    step: Step
+    checkpoint_every: int
+
+    def augmented(self, images: Tensor, step: int) -> Tensor:
+        """An inner step's batch of images under its plan."""
         plan = self.plans[step]
-        if plan is not None:
-            images = dsa_augment(images, plan, fused=self.fused)
-        soft = labels.softmax(1) if labels.is_floating_point() else labels
-        return F.cross_entropy(flat.call(self.network, theta, images), soft)
+        return images if plan is None else dsa_augment(images, plan, fused=self.fused)
+
+    def next(self, theta: Tensor, step: int) -> Tensor:
+        batch = self.batches[step]
+        return theta - self.lr * self.step.gradient(theta, self.augmented(self.images[batch], step), self.labels[batch])
 
     def match(self, end: Tensor) -> tuple[Tensor, Tensor]:
         return masked_match_loss(end, self.target, self.start, self.epsilon, fused=self.fused)
 
-    def leaves(self, batch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Images and labels, of all or of one batch, cut off from any graph; what can be learned requires gradients."""
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        """Images and labels cut off from any graph; what can be learned requires gradients."""
         images, labels = self.images.detach(), self.labels.detach()
-        if batch is not None:
-            images, labels = images[batch], labels[batch]
         return images.requires_grad_(), labels.requires_grad_(labels.is_floating_point())
 
 
@@ -81,6 +193,8 @@ def matching_gradients(
     engine: str = "adjoint",
     *,
     fused: bool = True,
+    step: Step | None = None,
+    checkpoint_every: int = 1,
 ) -> Matching:
     """Loss and exact gradients of matching a teacher's trajectory (DDPP, arXiv 2209.14609, equations 1 to 8).
 
@@ -95,7 +209,11 @@ def matching_gradients(
         plans: for each inner step an augmentation plan (:mod:`ddpp.augment`), or None. [n_j, 16]
         epsilon: DDPP's pruning bound on the ratio of parameters; None prunes nothing (MTT).
         engine: ``adjoint`` (memory does not grow with J but by the P parameters of a step) or ``unrolled``.
-        fused: compiled kernels for loss and augmentation; False is pure PyTorch.
+        fused: compiled kernels; False is pure PyTorch.
+        step: what computes a student step for the ``adjoint`` engine, as :func:`provider` gives it; by default
+            the fastest one, or reverse over reverse without ``fused``.
+        checkpoint_every: the ``adjoint`` engine keeps the parameters of every so many steps and computes those between
+            again, which gives the same bits.
 
     Returns:
         First-order quantities without a graph: the loss, its gradients by images, step size and soft labels, the number
@@ -104,7 +222,9 @@ def matching_gradients(
     Raises:
         UserError: shapes, dtypes or the engine's name do not fit.
     """
-    unroll = _checked(network, start, target, images, labels, lr, batches, plans, epsilon, fused)
+    unroll = _checked(
+        network, start, target, images, labels, lr, batches, plans, epsilon, fused, step, checkpoint_every
+    )
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}{nearest(engine, ENGINES)} Known: {', '.join(ENGINES)}")
     return ENGINES[engine](unroll)
@@ -114,7 +234,7 @@ def _unrolled(u: _Unroll) -> Matching:
     (images, labels), lr = u.leaves(), u.lr.detach().requires_grad_()
     theta = u.start.detach().requires_grad_()
     for step, batch in enumerate(u.batches):
-        loss = u.cross_entropy(theta, images[batch], labels[batch], step)
+        loss = _cross_entropy(u.network, theta, u.augmented(images[batch], step), labels[batch])
         theta = theta - lr * grad(loss, theta, create_graph=True)[0]
     loss, kept = u.match(theta)
     d_lr, d_images, *d_labels = grad(loss, [lr, *_learned(images, labels)])
@@ -122,29 +242,41 @@ def _unrolled(u: _Unroll) -> Matching:
 
 
 def _adjoint(u: _Unroll) -> Matching:
-    lr = u.lr.detach()
-    states = [u.start.detach()]
-    for step, batch in enumerate(u.batches):
-        theta = states[-1].detach().requires_grad_()
-        loss = u.cross_entropy(theta, u.images[batch], u.labels[batch], step)
-        states.append(states[-1] - lr * grad(loss, theta)[0])
-    end = states.pop().requires_grad_()
+    end, checkpoints = u.start.detach(), []
+    for step in range(len(u.batches)):
+        if step % u.checkpoint_every == 0:
+            checkpoints.append(end)
+        end = u.next(end, step)
+    end.requires_grad_()
     loss, kept = u.match(end)
     adjoint = grad(loss, end)[0]  # [P]
 
-    d_lr = torch.zeros_like(lr)
-    totals = [torch.zeros_like(t) for t in _learned(*u.leaves())]
-    for step in reversed(range(len(u.batches))):
-        batch, theta = u.batches[step], states.pop().requires_grad_()
-        images, labels = u.leaves(batch)
-        gradient = grad(u.cross_entropy(theta, images, labels, step), theta, create_graph=True)[0]
-        phi = gradient @ adjoint
-        d_theta, *parts = grad(phi, [theta, *_learned(images, labels)])
-        for total, part in zip(totals, parts, strict=True):
-            total.index_add_(0, batch, -lr * part)
-        d_lr -= phi.detach()
-        adjoint = adjoint - lr * d_theta
-    return Matching(loss.detach(), totals[0], d_lr, totals[1] if len(totals) > 1 else None, kept, end.detach())
+    d_lr = torch.zeros_like(u.lr)
+    d_images, d_labels = torch.zeros_like(u.images), torch.zeros_like(u.labels)
+    for step, theta in _backwards(u, checkpoints):
+        batch = u.batches[step]
+        images = u.images[batch].detach().requires_grad_()
+        augmented = u.augmented(images, step)
+        parts = u.step.adjoint(theta, adjoint, augmented.detach(), u.labels[batch])
+        d_batch = parts.images if augmented is images else grad(augmented, images, parts.images)[0]
+        d_images.index_add_(0, batch, -u.lr * d_batch)
+        if parts.labels is not None:
+            d_labels.index_add_(0, batch, -u.lr * parts.labels)
+        d_lr -= parts.phi
+        adjoint = adjoint - u.lr * parts.theta
+    learned = d_labels if u.labels.is_floating_point() else None
+    return Matching(loss.detach(), d_images, d_lr, learned, kept, end.detach())
+
+
+def _backwards(u: _Unroll, checkpoints: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """The steps from the last to the first with the parameters they began at, computed from the checkpoint before."""
+    while checkpoints:
+        states = [checkpoints.pop()]
+        first = len(checkpoints) * u.checkpoint_every
+        for step in range(first, min(first + u.checkpoint_every, len(u.batches)) - 1):
+            states.append(u.next(states[-1], step))
+        while states:
+            yield first + len(states) - 1, states.pop()
 
 
 def _learned(*leaves: Tensor) -> list[Tensor]:
@@ -165,6 +297,8 @@ def _checked(
     plans: Sequence[Tensor] | None,
     epsilon: float | None,
     fused: bool,
+    step: Step | None,
+    checkpoint_every: int,
 ) -> _Unroll:
     parameters = sum(p.numel() for p in network.parameters())
     for name, vector in (("start", start), ("target", target)):
@@ -183,5 +317,9 @@ def _checked(
             raise UserError(
                 f"{name} must be {start.dtype} on {start.device} like start, got {tensor.dtype} on {tensor.device}"
             )
-    steps = list(plans) if plans is not None else [None] * len(batches)
-    return _Unroll(network, start, target, images, labels, lr, batches, steps, epsilon, fused)
+    if checkpoint_every < 1:
+        raise UserError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
+    drawn = list(plans) if plans is not None else [None] * len(batches)
+    step = step or provider(network, "auto" if fused else "autograd")
+    lr = lr.detach()
+    return _Unroll(network, start, target, images, labels, lr, batches, drawn, epsilon, fused, step, checkpoint_every)
