@@ -193,7 +193,7 @@ class WinogradConvolution:
         return self.buffers.matrices(own, like, self.m, rows, columns)
 
     def _rows(self, images: Tensor) -> int:
-        down, across = winograd.tile_grid(*images.shape[2:], self.m)
+        down, across = winograd.tile_grid(images.shape[2], images.shape[3], self.m)
         return len(images) * down * across
 
     def _tiles_of(self, x: Tensor) -> Tensor:
@@ -317,13 +317,14 @@ class _Block:
         out = norm_pool.Forward(
             self._pooled(n), self.buffers.zeros(self.name + " statistics", x, norm_pool.STATISTICS, n, c)
         )
-        self.result = norm_pool.norm_relu_pool_forward(self.y, self.own.scale, self.own.shift, self.eps, out=out)
+        self.statistics = out.statistics
+        norm_pool.norm_relu_pool_forward(self.y, self.own.scale, self.own.shift, self.eps, out=out)
         return out.out
 
     def backward(self, grad: Tensor, grads: _Weights) -> Tensor | None:
         n, c = self.y.shape[:2]
         out = norm_pool.Backward(self._grad(n), *self.buffers.zeros("d_norm", grad, 2, c))
-        norm_pool.norm_relu_pool_backward(grad, self.y, self.own.scale, self.own.shift, self.result.statistics, out=out)
+        norm_pool.norm_relu_pool_backward(grad, self.y, self.own.scale, self.own.shift, self.statistics, out=out)
         grads.scale.add_(out.scale)
         grads.shift.add_(out.shift)
         return self.convolution.backward(out.y)
@@ -334,7 +335,8 @@ class _Block:
         n, c = len(self.y) // 2, self.y.shape[1]
         pooled = self._pooled(2 * n)
         statistics = self.buffers.zeros(self.name + " dual statistics", x, norm_pool.DUAL_STATISTICS, n, c)
-        self.result = norm_pool.norm_relu_pool_dual(
+        self.statistics = statistics
+        norm_pool.norm_relu_pool_dual(
             self.y[:n],
             self.y[n:],
             self.own.scale,
@@ -359,7 +361,7 @@ class _Block:
             self.own.scale,
             self.tangent.scale,
             self.own.shift,
-            self.result.statistics,
+            self.statistics,
             out=out,
         )
         grads.scale.add_(out.scale)

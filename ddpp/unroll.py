@@ -169,7 +169,8 @@ class _Unroll(NamedTuple):
 
     def next(self, theta: Tensor, step: int) -> Tensor:
         batch = self.batches[step]
-        return theta - self.lr * self.step.gradient(theta, self.augmented(self.images[batch], step), self.labels[batch])
+        gradient = self.step.gradient(theta, self.augmented(self.images[batch], step), self.labels[batch])
+        return torch.addcmul(theta, gradient, -self.lr)
 
     def match(self, end: Tensor) -> tuple[Tensor, Tensor]:
         return masked_match_loss(end, self.target, self.start, self.epsilon, fused=self.fused)
@@ -263,7 +264,7 @@ def _adjoint(u: _Unroll) -> Matching:
         if parts.labels is not None:
             d_labels.index_add_(0, batch, -u.lr * parts.labels)
         d_lr -= parts.phi
-        adjoint = adjoint - u.lr * parts.theta
+        adjoint = torch.addcmul(adjoint, parts.theta, -u.lr)
     learned = d_labels if u.labels.is_floating_point() else None
     return Matching(loss.detach(), d_images, d_lr, learned, kept, end.detach())
 

@@ -1,5 +1,8 @@
 """What every operator keeps, on every backend. An op's test module has a row; test_op_contract.py runs it.
 
+Operators that are stages of an algorithm, write their last argument and are never differentiated by autograd stand in
+a set STAGES of their test module instead, which tests them all.
+
 ROW = op_contract.Row(
     function=masked_match_loss,          # public function; fused=False is its meaning in plain torch
     operators=("match_loss", "match_loss_backward"),
@@ -76,8 +79,15 @@ def rows() -> dict[str, Row]:
     found = {}
     for path in sorted(Path(__file__).parent.glob("test_ops_*.py")):
         module = importlib.import_module(path.stem)
-        found[path.stem.removeprefix("test_ops_")] = module.ROW
+        if hasattr(module, "ROW"):
+            found[path.stem.removeprefix("test_ops_")] = module.ROW
     return found
+
+
+def stages() -> set[str]:
+    """The operators that test modules declare as stages."""
+    paths = Path(__file__).parent.glob("test_ops_*.py")
+    return set().union(*(getattr(importlib.import_module(path.stem), "STAGES", set()) for path in paths))
 
 
 def moved(value: Any, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:

@@ -13,7 +13,7 @@ from ddpp.config import ModelConfig
 from ddpp.errors import UserError
 from ddpp.models import flat
 from ddpp.ops import dsa_augment
-from ddpp.unroll import ENGINES, matching_gradients
+from ddpp.unroll import ENGINES, PROVIDERS, matching_gradients, provider
 
 CLASSES, IPC, STEPS = 3, 2, 4
 
@@ -82,11 +82,47 @@ def test_gradients_equal_a_plain_graph(engine: str, fused: bool, epsilon: float 
 
 
 @pytest.mark.parametrize("model", models.MODELS.names())
-def test_engines_agree_on_every_architecture(model: str) -> None:
-    p = problem(model, size=16)
-    one, other = (matching_gradients(**p, engine=engine) for engine in ("adjoint", "unrolled"))
-    assert close(one.loss, other.loss) and close(one.images, other.images) and close(one.lr, other.lr)
-    assert torch.equal(one.kept, other.kept) and close(one.end, other.end)
+def test_engines_and_providers_agree_on_every_architecture(model: str) -> None:
+    p = problem(model, size=16, soft=True)
+    wanted = matching_gradients(**p, engine="unrolled")
+    for name in ("autograd", "auto"):
+        found = matching_gradients(**p, step=provider(p["network"], name))
+        assert torch.equal(found.kept, wanted.kept)
+        for field in ("loss", "images", "lr", "labels", "end"):
+            assert close(getattr(found, field), getattr(wanted, field)), (name, field)
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+@pytest.mark.parametrize("soft", [False, True])
+def test_providers_equal_a_plain_graph(name: str, soft: bool) -> None:
+    p = problem(soft=soft)
+    loss, gradients = oracle(p, 0.1)
+    found = matching_gradients(**p, step=provider(p["network"], name))
+    assert close(found.loss, loss) and close(found.images, gradients[0]) and close(found.lr, gradients[1])
+    assert found.labels is None if not soft else found.labels is not None and close(found.labels, gradients[2])
+
+
+@pytest.mark.parametrize("name", ["autograd", "dual"])
+@pytest.mark.parametrize("every", [2, 3, 10])
+def test_checkpoints_change_no_bit(name: str, every: int) -> None:
+    p = problem(soft=True)
+    step = provider(p["network"], name)
+    found = [matching_gradients(**p, step=step, checkpoint_every=k) for k in (1, every)]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_fused_network_is_the_same_function() -> None:
+    p = problem()
+    theta = p["start"]
+    images, labels = p["images"], p["labels"]
+    plain, fused = (provider(p["network"], name) for name in ("autograd", "fused"))
+    assert close(fused.gradient(theta, images, labels), plain.gradient(theta, images, labels))
+    adjoint = torch.randn(theta.shape, dtype=theta.dtype, generator=torch.Generator().manual_seed(3))
+    for one, other in zip(
+        fused.adjoint(theta, adjoint, images, labels), plain.adjoint(theta, adjoint, images, labels), strict=True
+    ):
+        assert one is other is None or close(one, other)
 
 
 def test_inputs_are_left_alone() -> None:
@@ -112,6 +148,7 @@ def test_nothing_to_match_is_marked() -> None:
         (lambda p: {"labels": p["labels"][1:]}, "labels must be as many as images"),
         (lambda p: {"batches": []}, "at least one inner step"),
         (lambda p: {"plans": p["plans"][1:]}, "plans must be one an inner step"),
+        (lambda p: {"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
         (lambda p: {"engine": "adjont"}, "unknown engine 'adjont'; did you mean 'adjoint'"),
     ],
 )

@@ -27,6 +27,7 @@ TiledImages checked_images(const char* name, const Tensor& t) {
   if (t.dim() != 4) fail("ddpp: ", name, " must be [N, C, H, W], got ", shape(t));
   int64_t expected = 1;
   for (const int64_t dim : {1, 3, 2, 0}) {
+    if (t.size(dim) == 0) break;
     if (t.size(dim) != 1 && t.stride(dim) != expected)
       fail("ddpp: ", name, " must be channels last and without gaps");
     expected *= t.size(dim);
@@ -40,7 +41,8 @@ Matrices<const T> checked_matrices(const char* name, const Tensor& t, int64_t co
                                    int64_t columns) {
   if (t.dim() != 3 || t.size(0) != count || t.size(1) != rows || t.size(2) != columns)
     fail("ddpp: ", name, " must be [", count, ", ", rows, ", ", columns, "], got ", shape(t));
-  if ((columns > 1 && t.stride(2) != 1) || (rows > 1 && t.stride(1) != columns))
+  const bool empty = rows * columns == 0;
+  if (!empty && ((columns > 1 && t.stride(2) != 1) || (rows > 1 && t.stride(1) != columns)))
     fail("ddpp: ", name, " must be without gaps inside a matrix");
   return {t.const_data_ptr<T>(), t.stride(0)};
 }

@@ -1,0 +1,178 @@
+#include "kernels/winograd.h"
+
+#include <cmath>
+#include <random>
+#include <utility>
+
+#include "check.h"
+
+namespace ddpp::test {
+namespace {
+
+template <class T>
+Array<T> random_array(int64_t n) {
+  Array<T> array(n, 1);
+  std::mt19937 draw(static_cast<unsigned>(n));
+  std::uniform_real_distribution<double> uniform(-1, 1);
+  for (int64_t i = 0; i < n; ++i) array[i] = static_cast<T>(uniform(draw));
+  return array;
+}
+
+// (m + 2)^2 matrices that stand 3 values apart; what lies between them must stay as it is.
+template <class T>
+struct Transformed {
+  Transformed(int m, int64_t rows, int64_t columns)
+      : size(rows * columns), array((m + 2) * (m + 2) * (size + 3) - 3) {}
+  Matrices<T> data() { return {array.data(), size + 3}; }
+  Matrices<const T> data() const { return {array.data(), size + 3}; }
+  int64_t size;
+  Array<T> array;
+};
+
+struct Case {
+  TiledImages size;  // of the input
+  int64_t outputs;
+  TiledImages output() const { return {size.n, outputs, size.height, size.width}; }
+  int64_t values() const { return size.n * size.height * size.width * size.channels; }
+  int64_t output_values() const { return size.n * size.height * size.width * outputs; }
+};
+
+// visit(output value, input value, weight) for every product of the convolution
+template <class Visit>
+void each_product(const Case& c, const Visit& visit) {
+  const TiledImages& s = c.size;
+  for (int64_t n = 0; n < s.n; ++n)
+    for (int64_t y = 0; y < s.height; ++y)
+      for (int64_t x = 0; x < s.width; ++x)
+        for (int64_t k = 0; k < 9; ++k) {
+          const int64_t v = y + k / 3 - 1, u = x + k % 3 - 1;
+          if (v < 0 || v >= s.height || u < 0 || u >= s.width) continue;
+          for (int64_t o = 0; o < c.outputs; ++o)
+            for (int64_t i = 0; i < s.channels; ++i)
+              visit(((n * s.height + y) * s.width + x) * c.outputs + o,
+                    ((n * s.height + v) * s.width + u) * s.channels + i, (o * s.channels + i) * 9 + k);
+        }
+}
+
+template <class T>
+void check_close(const char* what, const Array<T>& found, const std::vector<double>& wanted) {
+  double largest = 1e-300, worst = 0;
+  for (const double w : wanted) largest = std::max(largest, std::abs(w));
+  for (int64_t i = 0; i < found.size(); ++i) {
+    CHECK(!std::isnan(static_cast<double>(found[i])));
+    worst = std::max(worst, std::abs(static_cast<double>(found[i]) - wanted[i]));
+  }
+  const double tolerance = sizeof(T) == 4 ? 1e-5 : 1e-13;
+  if (worst > tolerance * largest) std::printf("%s: off by %g of %g\n", what, worst, largest);
+  CHECK(worst <= tolerance * largest);
+}
+
+template <class T>
+struct Results {
+  explicit Results(const Case& c)
+      : y(c.output_values(), 1), d_x(c.values(), 1), d_weight(c.outputs * c.size.channels * 9, 1) {}
+  Array<T> y, d_x, d_weight;
+};
+
+// The convolution, its input gradient and its weight gradient, all by the stages.
+template <class T>
+Results<T> convolve(const Case& c, int m, const Array<T>& x, const Array<T>& weight, const Array<T>& grad,
+                    const Queue& queue) {
+  const Winograd<T>& w = winograd_cpu<T>();
+  const int64_t count = (m + 2) * (m + 2), tiles = c.size.tiles(m), inputs = c.size.channels;
+  Transformed<T> in(m, tiles, inputs), out(m, tiles, c.outputs), d_in(m, tiles, inputs),
+      d_out(m, tiles, c.outputs);
+  Transformed<T> by_input(m, inputs, c.outputs), by_output(m, c.outputs, inputs),
+      d_weight(m, c.outputs, inputs);
+  Results<T> results(c);
+  w.weight(weight.data(), c.outputs, inputs, m, true, by_input.data(), queue);
+  w.weight(weight.data(), c.outputs, inputs, m, false, by_output.data(), queue);
+  w.input(x.data(), c.size, m, in.data(), queue);
+  w.multiply(std::as_const(in).data(), std::as_const(by_input).data(), count, tiles, inputs, c.outputs, false,
+             false, out.data(), queue);
+  w.output(std::as_const(out).data(), c.output(), m, results.y.data(), queue);
+  w.output_transposed(grad.data(), c.output(), m, d_out.data(), queue);
+  w.multiply(std::as_const(d_out).data(), std::as_const(by_output).data(), count, tiles, c.outputs, inputs,
+             false, false, d_in.data(), queue);
+  w.input_transposed(std::as_const(d_in).data(), c.size, m, results.d_x.data(), queue);
+  w.multiply(std::as_const(d_out).data(), std::as_const(in).data(), count, c.outputs, tiles, inputs, true,
+             false, d_weight.data(), queue);
+  w.weight_transposed(std::as_const(d_weight).data(), c.outputs, inputs, m, results.d_weight.data(), queue);
+  const Array<T>& spaced = out.array;
+  for (int64_t i = out.size; i < spaced.size(); i += out.size + 3)
+    CHECK(std::isnan(static_cast<double>(spaced[i])));
+  return results;
+}
+
+template <class T>
+void check_convolution(const Setting& setting, const Case& c, int m) {
+  const auto x = random_array<T>(c.values()), weight = random_array<T>(c.outputs * c.size.channels * 9);
+  const auto grad = random_array<T>(c.output_values());
+  std::vector<double> y(c.output_values()), d_x(c.values()), d_weight(c.outputs * c.size.channels * 9);
+  each_product(c, [&](int64_t o, int64_t i, int64_t k) {
+    y[o] += static_cast<double>(x[i]) * weight[k];
+    d_x[i] += static_cast<double>(grad[o]) * weight[k];
+    d_weight[k] += static_cast<double>(grad[o]) * x[i];
+  });
+  const Results<T> first = convolve(c, m, x, weight, grad, setting.queues[0]);
+  check_close("convolution", first.y, y);
+  check_close("input gradient", first.d_x, d_x);
+  check_close("weight gradient", first.d_weight, d_weight);
+  for (const Queue& queue : setting.queues) {
+    const Results<T> other = convolve(c, m, x, weight, grad, queue);
+    CHECK(other.y.same_bits(first.y) && other.d_x.same_bits(first.d_x) &&
+          other.d_weight.same_bits(first.d_weight));
+  }
+}
+
+template <class T>
+void check_product(const Setting& setting, int64_t rows, int64_t inner, int64_t columns) {
+  const int64_t count = 2;
+  for (const bool transposed : {false, true})
+    for (const bool accumulate : {false, true}) {
+      const auto a = random_array<T>(count * rows * inner), b = random_array<T>(count * inner * columns);
+      const auto before = random_array<T>(count * rows * columns);
+      std::vector<double> wanted(before.size());
+      for (int64_t z = 0; z < count; ++z)
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t j = 0; j < columns; ++j) {
+            double& sum = wanted[(z * rows + r) * columns + j];
+            sum = accumulate ? before[(z * rows + r) * columns + j] : 0;
+            for (int64_t k = 0; k < inner; ++k)
+              sum += static_cast<double>(a[z * rows * inner + (transposed ? k * rows + r : r * inner + k)]) *
+                     b[(z * inner + k) * columns + j];
+          }
+      Array<T> c(before.size(), 1);
+      if (accumulate) std::copy_n(before.data(), before.size(), c.data());
+      winograd_cpu<T>().multiply({a.data(), rows * inner}, {b.data(), inner * columns}, count, rows, inner,
+                                 columns, transposed, accumulate, {c.data(), rows * columns},
+                                 setting.queues.back());
+      check_close("product", c, wanted);
+    }
+}
+
+template <class T>
+void check_all(const Setting& setting) {
+  for (const int m : {2, 4}) {
+    for (const int64_t channels : {1, 3, 16, 20, 37})
+      check_convolution<T>(setting, {{2, channels, 6, 9}, 18}, m);
+    for (const int64_t side : {1, 2, 3, 4, 5, 8})
+      check_convolution<T>(setting, {{3, 8, side, side + 1}, 5}, m);
+    check_convolution<T>(setting, {{0, 8, 4, 4}, 5}, m);
+    check_convolution<T>(setting, {{9, 32, 8, 8}, 64}, m);
+  }
+  for (const int64_t rows : {1, 2, 5, 6, 7, 13, 200})
+    for (const int64_t columns : {1, 8, 17, 64, 83}) check_product<T>(setting, rows, 11, columns);
+  check_product<T>(setting, 7, 0, 9);
+  check_product<T>(setting, 7, 331, 70);  // more than is kept in cache at once
+}
+
+}  // namespace
+}  // namespace ddpp::test
+
+int main(int argc, char** argv) {
+  const ddpp::test::Setting setting = ddpp::test::setting(argc, argv);
+  ddpp::test::check_all<float>(setting);
+  ddpp::test::check_all<double>(setting);
+  return 0;
+}
