@@ -1,65 +1,177 @@
 """One outer step: loss and exact gradients of J student steps, on the field's ConvNet and image size.
 
-The reference keeps the graph of all J steps of plain PyTorch (GroupNorm, avg_pool2d, create_graph), as published codes
-do. A table of interleaved rounds, with the reference's allocator as it is, and of memory in fresh processes:
+The reference keeps the graph of all J steps in plain PyTorch (GroupNorm, avg_pool2d, create_graph), as published codes
+do. Interleaved rounds of all sides in one process, then the memory of one step in fresh processes:
 
-    python benchmarks/bench_outer_step.py [--threads 2] [--rounds 5]
+    python benchmarks/bench_outer_step.py [--threads 2] [--rounds 5] [--keep-pages]
 
-``PEAK`` is the resident memory above that at the step's start, everything included.
+Memory is the peak of the resident set above that at the start of the step, everything included.
 """
 
 from __future__ import annotations
 
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from machine import processor
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from ddpp import augment, models
 from ddpp.config import ModelConfig
 from ddpp.models import flat
+from ddpp.unroll import Matching, matching_gradients, provider
 
-SHAPE, CLASSES, STEP_SIZE = (3, 32, 32), 10, 0.01
-EPSILON = 0.1
+SHAPE, CLASSES = (3, 32, 32), 10
+
+Side = Callable[[], Matching]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A synthetic set and how its student is trained."""
+    """A synthetic set and how its student is trained; ConvNet-D3 of width 128."""
 
     ipc: int
     batch: int
     inner_steps: int
 
     def problem(self) -> dict[str, Any]:
-        """Arguments of :func:`matching_gradients`; the target is a teacher's start moved by a tenth of its length."""
+        """Arguments of :func:`matching_gradients`. Each parameter of the target is a tenth away from the start."""
         draw = torch.Generator().manual_seed(0)
         network = models.build(ModelConfig(), SHAPE, CLASSES, seed=0)
         start = flat.flatten(network)
         count = self.ipc * CLASSES
-        plans = augment.draw(
-            self.inner_steps, self.batch, *SHAPE[1:], groups=augment.GROUPS, mode="one", generator=draw
-        )
+        size = self.inner_steps, self.batch, *SHAPE[1:]
         return {
             "network": network,
             "start": start,
             "target": start * (1 + 0.1 * torch.randn(start.shape, generator=draw)),
             "images": torch.randn(count, *SHAPE, generator=draw),
             "labels": torch.arange(CLASSES).repeat_interleave(self.ipc),
-            "lr": torch.tensor(STEP_SIZE),
+            "lr": torch.tensor(0.01),
             "batches": [torch.randperm(count, generator=draw)[: self.batch] for _ in range(self.inner_steps)],
-            "plans": list(plans),
-            "epsilon": EPSILON,
+            "plans": list(augment.draw(*size, groups=augment.GROUPS, mode="one", generator=draw)),
         }
 
 
-CASES = {
-    "IPC 1, J = 50": Case(1, 10, 50),
-    "batch 100, J = 10": Case(10, 100, 10),
+CASES = {"IPC 1, J = 50": Case(1, 10, 50), "batch 100, J = 10": Case(10, 100, 10)}
+LONGER = {"IPC 1, J = 10": Case(1, 10, 10), "IPC 1, J = 80": Case(1, 10, 80), "IPC 50, J = 80": Case(50, 250, 80)}
+REFERENCE = "reference"
+#: Provider and Winograd tile of the adjoint engine.
+SIDES = {
+    "autograd": ("autograd", 0),
+    "fused Functions": ("fused", 0),
+    "dual": ("dual", 0),
+    "dual, F(2, 3)": ("dual", 2),
+    "dual, F(4, 3)": ("dual", 4),
 }
-SMALL = {"IPC 1, J = 2": Case(1, 10, 2)}
-LONG = {
-    "IPC 1, J = 10": Case(1, 10, 10),
-    "IPC 1, J = 80": Case(1, 10, 80),
-    "IPC 50, batch 500, J = 80": Case(50, 500, 80),
-}
+
+
+def side(name: str, problem: dict[str, Any]) -> Side:
+    """What computes one outer step; buffers are kept from call to call, as a run keeps them."""
+    if name == REFERENCE:
+        return lambda: matching_gradients(**problem, engine="unrolled", fused=False)
+    kind, tile = SIDES[name]
+    step = provider(problem["network"], kind, tile=tile)
+    return lambda: matching_gradients(**problem, step=step)
+
+
+@pytest.mark.parametrize("name", [REFERENCE, *SIDES])
+@pytest.mark.parametrize("case", ["IPC 1", "batch 100"])
+def test_outer_step(benchmark: BenchmarkFixture, case: str, name: str) -> None:
+    """Two inner steps: the time of one is the same for any J."""
+    benchmark.group = f"outer step, {case}, J = 2"
+    problem = (Case(1, 10, 2) if case == "IPC 1" else Case(10, 100, 2)).problem()
+    found = benchmark.pedantic(side(name, problem), rounds=5, warmup_rounds=1)
+    assert torch.isfinite(found.images).all()
+
+
+def seconds(case: Case, rounds: int) -> dict[str, float]:
+    """Medians; in each round every side has its turn."""
+    problem = case.problem()
+    sides = {name: side(name, problem) for name in (REFERENCE, *SIDES)}
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in range(rounds + 1):
+        for name, call in sides.items():
+            began = time.perf_counter()
+            call()
+            if round_:  # the first one warms up
+                found[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def _status(field: str) -> float:
+    """A size of this process in MB."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1]) / 1e3
+
+
+def peak_here(case: str, name: str) -> float:
+    """MB that one outer step, the first of this process, adds to the resident set at its highest."""
+    call = side(name, ({**CASES, **LONGER}[case]).problem())
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def peak(case: str, name: str, threads: int) -> float:
+    """:func:`peak_here` of a fresh process."""
+    command = [sys.executable, __file__, "--threads", str(threads), "--peak", case, name]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def _print_times(rounds: int) -> None:
+    tables = {case: seconds(CASES[case], rounds) for case in CASES}
+    print(f"| seconds of an outer step | {' | '.join(CASES)} |\n|---|{'---|' * len(CASES)}")
+    for name in (REFERENCE, *SIDES):
+        cells = [f"{t[name]:.3f} ({t[REFERENCE] / t[name]:.2f}x)" for t in tables.values()]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def _print_peaks(threads: int) -> None:
+    print(f"\n| MB above the start | {' | '.join(CASES)} |\n|---|{'---|' * len(CASES)}")
+    references = {case: peak(case, REFERENCE, threads) for case in CASES}
+    print(f"| {REFERENCE} | {' | '.join(f'{mb:.0f}' for mb in references.values())} |")
+    for name in SIDES:
+        found = {case: peak(case, name, threads) for case in CASES}
+        cells = [f"{mb:.0f} (1/{references[case] / mb:.1f})" for case, mb in found.items()]
+        print(f"| {name} | {' | '.join(cells)} |")
+    for case in LONGER:
+        print(f"\n{case}, dual, F(2, 3): {peak(case, 'dual, F(2, 3)', threads):.0f} MB", end="")
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--keep-pages", action="store_true", help="malloc keeps its pages, for all sides")
+    parser.add_argument("--peak", nargs=2, metavar=("CASE", "SIDE"), help="print the memory of one step and end")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        print(peak_here(*args.peak))
+        return
+    if args.keep_pages:
+        from conftest import keep_pages  # importing it is what keeps the pages
+
+        assert keep_pages()
+    print(f"{processor()}, {args.threads} threads, torch {torch.__version__}, pages kept: {args.keep_pages}\n")
+    _print_times(args.rounds)
+    if not args.keep_pages:
+        _print_peaks(args.threads)
+
+
+if __name__ == "__main__":
+    main()

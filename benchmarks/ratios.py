@@ -9,16 +9,15 @@ heading. The allocator keeps its pages for every side (see conftest.py).
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import bench_dsa
 import bench_match_loss
 import torch
 from conftest import PAGES_KEPT, copy_bandwidth
+from machine import processor
 from torch import Tensor
 
 Side = Callable[[], Tensor]
@@ -65,12 +64,6 @@ def row(name: str, found: dict[str, float], note: str = "") -> str:
         for other in ("pytorch", "compile")
     ]
     return f"| {name} | {found['fused'] * 1e3:.3g} ms | {others[0]} | {others[1]} | {note} |"
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -87,6 +87,10 @@ class DistillConfig:
     engine: str = option(
         "adjoint", "How gradients are computed: constant memory, or the whole graph.", choices=("adjoint", "unrolled")
     )
+    keep_every: int = option(1, "Inner steps between kept student parameters; those between are computed again.", low=1)
+    winograd: int = option(
+        2, "Side of a ConvNet's Winograd tiles on the CPU: 2, 4 (faster, less exact) or 0, none.", low=0, high=4
+    )
     snapshot_every: int = option(100, "Outer steps between saved snapshots, which --select chooses from.", low=1)
     checkpoint_every: int = option(50, "Outer steps between checkpoints.", low=1)
 

@@ -14,6 +14,7 @@ that stay in cache: all operations but the sums of the parameters' gradients are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol, cast
 
@@ -54,33 +55,28 @@ class Convolution(Protocol):
 
 
 class _Buffers:
-    """Memory by name and shape, allocated at the first use."""
+    """Memory by name, as large as was ever asked for; a smaller tensor is the beginning of it."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[object, ...], Tensor] = {}
+        self._held: dict[str, Tensor] = {}
 
-    def planes(self, name: str, like: Tensor, *shape: int) -> Tensor:
+    def _memory(self, name: str, like: Tensor, size: int) -> Tensor:
+        held = self._held.get(name)
+        if held is None or held.numel() < size or held.dtype != like.dtype or held.device != like.device:
+            held = self._held[name] = like.new_zeros(size)
+        return held[:size]
+
+    def rows(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """A contiguous tensor: zeros, or what was written there."""
+        return self._memory(name, like, math.prod(shape)).view(shape)
+
+    def planes(self, name: str, like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
         """Channels-last planes. [N, C, H, W]"""
-        key = (name, like.dtype, shape)
-        if key not in self._held:
-            self._held[key] = torch.empty(
-                shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-            )
-        return self._held[key]
+        return self._memory(name, like, n * c * h * w).view(n, h, w, c).permute(0, 3, 1, 2)
 
     def matrices(self, name: str, like: Tensor, m: int, rows: int, columns: int) -> Tensor:
         """A transformed tensor of :mod:`ddpp.ops.winograd`. [(m + 2)^2, rows, columns]"""
-        key = (name, like.dtype, m, rows, columns)
-        if key not in self._held:
-            self._held[key] = winograd.transformed(m, rows, columns, like)
-        return self._held[key]
-
-    def zeros(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """Zeros when first asked for, afterwards what was written there."""
-        key = (name, like.dtype, shape)
-        if key not in self._held:
-            self._held[key] = like.new_zeros(shape)
-        return self._held[key]
+        return winograd.transformed(m, rows, columns, lambda size: self._memory(name, like, size))
 
 
 class VendorConvolution:
@@ -231,7 +227,7 @@ class ColumnConvolution:
         self.outputs = len(weight)
         self.weight = self._matrix(weight, "weight")
         self.tangent = None if tangent is None else self._matrix(tangent, "tangent")
-        self.sum = self.buffers.zeros("columns sum", weight, 1, self.row, self.outputs)
+        self.sum = self.buffers.rows("columns sum", weight, 1, self.row, self.outputs)
         self.begun = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -255,7 +251,7 @@ class ColumnConvolution:
         assert self.tangent is not None
         n = len(grad) // 2
         self._add_to_sum(grad[:n])
-        d_columns = self.buffers.zeros("d_columns", grad, *self.columns.shape)
+        d_columns = self.buffers.rows("d_columns", grad, *self.columns.shape)
         for part, weight, accumulate in ((grad[:n], self.weight, False), (grad[n:], self.tangent, True)):
             by_output = weight.transpose(1, 2).contiguous()
             ops().multiply_matrices.default(
@@ -267,14 +263,14 @@ class ColumnConvolution:
         grad_weight.flatten(1).copy_(self.sum[0, : self.taps].t())
 
     def _matrix(self, weight: Tensor, name: str) -> Tensor:
-        matrix = self.buffers.zeros("columns " + name, weight, 1, self.row, self.outputs)
+        matrix = self.buffers.rows("columns " + name, weight, 1, self.row, self.outputs)
         matrix[0, : self.taps].copy_(weight.flatten(1).t())
         return matrix
 
     def _lay_out(self, x: Tensor) -> None:
         columns = F.unfold(x, 3, padding=self.padding)  # [n, taps, pixels]
         self.size = (x.shape[2], x.shape[3])
-        self.columns = self.buffers.zeros("columns", x, len(x), columns.shape[2], self.row)
+        self.columns = self.buffers.rows("columns", x, len(x), columns.shape[2], self.row)
         self.columns[..., : self.taps].copy_(columns.transpose(1, 2))
 
     def _planes(self, x: Tensor, n: int) -> Tensor:
@@ -315,7 +311,7 @@ class _Block:
         self.y = self.convolution.forward(x)
         n, c = self.y.shape[:2]
         out = norm_pool.Forward(
-            self._pooled(n), self.buffers.zeros(self.name + " statistics", x, norm_pool.STATISTICS, n, c)
+            self._pooled(n), self.buffers.rows(self.name + " statistics", x, norm_pool.STATISTICS, n, c)
         )
         self.statistics = out.statistics
         norm_pool.norm_relu_pool_forward(self.y, self.own.scale, self.own.shift, self.eps, out=out)
@@ -323,7 +319,7 @@ class _Block:
 
     def backward(self, grad: Tensor, grads: _Weights) -> Tensor | None:
         n, c = self.y.shape[:2]
-        out = norm_pool.Backward(self._grad(n), *self.buffers.zeros("d_norm", grad, 2, c))
+        out = norm_pool.Backward(self._grad(n), *self.buffers.rows("d_norm", grad, 2, c))
         norm_pool.norm_relu_pool_backward(grad, self.y, self.own.scale, self.own.shift, self.statistics, out=out)
         grads.scale.add_(out.scale)
         grads.shift.add_(out.shift)
@@ -334,7 +330,7 @@ class _Block:
         self.y = self.convolution.dual(x)
         n, c = len(self.y) // 2, self.y.shape[1]
         pooled = self._pooled(2 * n)
-        statistics = self.buffers.zeros(self.name + " dual statistics", x, norm_pool.DUAL_STATISTICS, n, c)
+        statistics = self.buffers.rows(self.name + " dual statistics", x, norm_pool.DUAL_STATISTICS, n, c)
         self.statistics = statistics
         norm_pool.norm_relu_pool_dual(
             self.y[:n],
@@ -352,7 +348,7 @@ class _Block:
         assert self.tangent is not None
         n, c = len(self.y) // 2, self.y.shape[1]
         both = self._grad(2 * n)
-        out = norm_pool.DualBackward(both[:n], both[n:], *self.buffers.zeros("d_norm", grad, 2, c))
+        out = norm_pool.DualBackward(both[:n], both[n:], *self.buffers.rows("d_norm", grad, 2, c))
         norm_pool.norm_relu_pool_dual_backward(
             grad[:n],
             grad[n:],

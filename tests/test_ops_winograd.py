@@ -47,7 +47,7 @@ def convolution(x: Tensor, weight: Tensor, grad: Tensor, m: int) -> tuple[Tensor
     down, across = winograd.tile_grid(*x.shape[2:], m=m)
     rows = len(x) * down * across
     matrices = {
-        name: winograd.transformed(m, *shape, like=x).fill_(torch.nan)
+        name: winograd.transformed(m, *shape, x.new_empty).fill_(torch.nan)
         for name, shape in {
             "in": (rows, inputs),
             "out": (rows, outputs),
@@ -111,8 +111,10 @@ def stages(m: int, dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], Tenso
     """For each stage its arguments without the last one, and the shape and dtype of the last one."""
     x, weight, _ = problem((2, 3, 5, 6, 7), dtype, torch.device("cpu"))
     down, across = winograd.tile_grid(6, 7, m)
-    tiles = winograd.transformed(m, 2 * down * across, 3, x).normal_(generator=torch.Generator().manual_seed(1))
-    square = winograd.transformed(m, 5, 3, x).normal_(generator=torch.Generator().manual_seed(2))
+    tiles = winograd.transformed(m, 2 * down * across, 3, x.new_empty).normal_(
+        generator=torch.Generator().manual_seed(1)
+    )
+    square = winograd.transformed(m, 5, 3, x.new_empty).normal_(generator=torch.Generator().manual_seed(2))
     return {
         "winograd_input": ((x, m), tiles),
         "winograd_input_transposed": ((tiles, m), x),
@@ -173,7 +175,7 @@ def test_bits_do_not_depend_on_the_threads(m: int, two_threads: None) -> None:
 
 
 x = torch.randn(2, 3, 6, 7).to(memory_format=torch.channels_last)
-tiles = winograd.transformed(2, 24, 3, x)
+tiles = winograd.transformed(2, 24, 3, x.new_empty)
 square = torch.zeros(16, 3, 3)
 
 

@@ -9,8 +9,9 @@ from ddpp import augment, seeds
 from ddpp.config import Config
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Problem, Update
+from ddpp.ops import winograd
 from ddpp.synthetic import Synthetic
-from ddpp.unroll import matching_gradients
+from ddpp.unroll import matching_gradients, provider
 
 
 @METHODS.register("ddpp")
@@ -24,11 +25,13 @@ class DDPP:
 
     @staticmethod
     def check(config: Config) -> None:
-        """Refuses a start bound and span that reach beyond the teachers.
+        """Refuses a start bound and span that reach beyond the teachers, and unknown Winograd tiles.
 
         Raises:
             UserError: they do.
         """
+        if config.distill.winograd not in (0, *winograd.TILES):
+            raise UserError(f"--winograd must be 0, 2 or 4, got {config.distill.winograd}")
         bound, span, epochs = config.distill.max_start_epoch, config.distill.teacher_span, config.teachers.epochs
         if bound - 1 + span > epochs:
             raise UserError(
@@ -39,6 +42,8 @@ class DDPP:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.epsilon: float | None = problem.config.distill.epsilon
+        name = "auto" if problem.config.run.use_fused_kernels else "autograd"
+        self.step = provider(problem.network, name, tile=problem.config.distill.winograd)
 
     def update(self, synthetic: Synthetic, step: int) -> Update:
         settings, problem = self.problem.config.distill, self.problem
@@ -57,6 +62,8 @@ class DDPP:
             self.epsilon,
             settings.engine,
             fused=problem.config.run.use_fused_kernels,
+            step=self.step,
+            checkpoint_every=settings.keep_every,
         )
         kept = result.kept / len(start)
         return Update(result.loss, result.images, result.lr, kept, {"teacher": index, "start": epoch})

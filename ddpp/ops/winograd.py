@@ -19,6 +19,8 @@ not differentiable. They are compiled for the CPU; elsewhere the vendor's librar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,10 +63,14 @@ def tile_grid(height: int, width: int, m: int) -> tuple[int, int]:
     return -(-height // m), -(-width // m)
 
 
-def transformed(m: int, rows: int, columns: int, like: Tensor) -> Tensor:
-    """Uninitialised memory for a transformed tensor, laid out as the kernels like it. [(m + 2)^2, rows, columns]"""
-    memory = like.new_empty((m + 2) ** 2, rows * columns + _PADDING)
-    return memory[:, : rows * columns].unflatten(1, (rows, columns))
+def transformed(m: int, rows: int, columns: int, memory: Callable[[int], Tensor]) -> Tensor:
+    """A transformed tensor, laid out as the kernels like it, in the memory [size] that ``memory(size)`` gives.
+
+    Returns:
+        [(m + 2)^2, rows, columns]
+    """
+    count, apart = (m + 2) ** 2, rows * columns + _PADDING
+    return memory(count * apart).view(count, apart)[:, : rows * columns].unflatten(1, (rows, columns))
 
 
 def _matrix(table: dict[int, list[list[float]]], m: int, like: Tensor) -> Tensor:
