@@ -22,15 +22,15 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 
-def configure(folder: Path, op: str) -> None:
-    """A copy of what the test of one op needs, built with AddressSanitizer."""
+def configure(folder: Path, op: str, sanitizers: str) -> None:
+    """A copy of what the test of one op needs, built with sanitizers."""
     shutil.copy2(ROOT / "CMakeLists.txt", folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for path in (folder / "csrc").rglob("*_*"):
         others = path.parent.name in ("kernels", "tests") and path.suffix in (".cpp", ".cu") and op not in path.name
         if others:
             path.unlink()
-    options = ["-DDDPP_BUILD_CUDA=0", "-DDDPP_SANITIZE=address,undefined", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
+    options = ["-DDDPP_BUILD_CUDA=0", f"-DDDPP_SANITIZE={sanitizers}", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
     done = run("cmake", "-S", folder, "-B", folder / "build", "-G", "Ninja", *options)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
@@ -59,14 +59,14 @@ def test(folder: Path, op: str) -> str | None:
 
 def plant(op: str) -> int:
     """Plants each bug of one op; returns how many were missed."""
-    bugs = tomllib.loads((ROOT / f"csrc/tests/planted_{op}.toml").read_text())["bug"]
+    planted = tomllib.loads((ROOT / f"csrc/tests/planted_{op}.toml").read_text())
     missed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        configure(folder, op)
+        configure(folder, op, planted.get("sanitizers", "address,undefined"))
         if said := test(folder, op):
             sys.exit(f"{op}: the tests fail without a planted bug: {said}")
-        for bug in bugs:
+        for bug in planted["bug"]:
             path = folder / "csrc" / bug["file"]
             right = path.read_text()
             if right.count(bug["old"]) != 1:
