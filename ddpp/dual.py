@@ -89,8 +89,8 @@ class VendorConvolution:
         self.weight, self.tangent, self.sum = weight, tangent, torch.zeros_like(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.x = x
-        return F.conv2d(x, self.weight, padding=self.padding)
+        self.x = x.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(self.x, self.weight, padding=self.padding)
 
     def backward(self, grad: Tensor) -> Tensor | None:
         d_x, d_weight = self._backward(grad, self.x, self.weight, not self.first, True)
@@ -99,7 +99,7 @@ class VendorConvolution:
 
     def dual(self, x: Tensor) -> Tensor:
         assert self.tangent is not None
-        self.x = x
+        self.x = x = x.contiguous(memory_format=torch.channels_last)
         by_tangent = F.conv2d(x if self.first else x[: len(x) // 2], self.tangent, padding=self.padding)
         y = F.conv2d(x, self.weight, padding=self.padding)
         if self.first:
@@ -455,10 +455,10 @@ class ConvNetStep:
         return StepAdjoint(phi, gradient, d_images, torch.cat(d_labels) if labels.is_floating_point() else None)
 
     def _blocks(self, theta: Tensor) -> list[_Block]:
-        """The blocks, made when the device is known: on the CPU by own convolutions."""
+        """The blocks, made when the device is known: on the CPU with own convolutions where those are compiled."""
         if self.blocks is None:
             modules = list(cast(nn.Sequential, self.network.features))
-            own = theta.device.type == "cpu" and self.tile > 0
+            own = theta.device.type == "cpu" and self.tile > 0 and winograd.is_compiled()
             self.blocks = []
             for i in range(0, len(modules), _BLOCK):
                 convolution, norm = cast(nn.Conv2d, modules[i]), cast(nn.GroupNorm, modules[i + 1])

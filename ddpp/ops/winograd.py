@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpp.ops._library import define
+from ddpp.ops._library import define, implementation
 
 TILES = (2, 4)
 _PADDING = 16  # values between matrices: a power of two from one to the next would make them share cache lines
@@ -61,6 +61,11 @@ _OUTPUT: dict[int, list[list[float]]] = {
 def tile_grid(height: int, width: int, m: int) -> tuple[int, int]:
     """Rows and columns of tiles that cover an image."""
     return -(-height // m), -(-width // m)
+
+
+def is_compiled() -> bool:
+    """Whether the CPU has kernels for the stages, without which torch's convolution is faster."""
+    return implementation("multiply_matrices", "cpu")[0] == "C++"
 
 
 def transformed(m: int, rows: int, columns: int, memory: Callable[[int], Tensor]) -> Tensor:
