@@ -84,6 +84,7 @@ class DistillConfig:
     momentum: float = option(0.5, "Momentum of pixels and step size.", low=0, high=1)
     batch: int | None = option(None, "Synthetic images in an inner step; by default all.", low=1)
     init: str = option("real", "Synthetic images start as real training images or as noise.", choices=("real", "noise"))
+    real_batch: int = option(256, "Real images of each class in an outer step of dm.", low=1)
     engine: str = option(
         "adjoint", "How gradients are computed: constant memory, or the whole graph.", choices=("adjoint", "unrolled")
     )
