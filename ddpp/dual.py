@@ -66,6 +66,10 @@ class _Buffers:
             held = self._held[name] = like.new_zeros(size)
         return held[:size]
 
+    def megabytes(self) -> dict[str, float]:
+        """What is held, by name."""
+        return {name: held.nbytes / 1e6 for name, held in self._held.items()}
+
     def rows(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """A contiguous tensor: zeros, or what was written there."""
         return self._memory(name, like, math.prod(shape)).view(shape)

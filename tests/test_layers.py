@@ -28,6 +28,7 @@ LEVELS: dict[str, float] = {
     "teachers": 5,
     "evaluate": 5,
     "report": 5,
+    "profile": 5,
     "info": 5,
     "distill": 6,
     "__main__": 7,
@@ -38,7 +39,7 @@ HOMES = {
     "torchvision": {"data"},
     "sklearn": {"data"},
     "PIL": {"data"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "profile"},
     "safetensors": {"runs", "trajectories"},
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

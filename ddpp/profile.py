@@ -1,0 +1,178 @@
+"""``python -m ddpp.profile``: where the time and the memory of one outer step go, as tables and a picture.
+
+Takes the options of ``ddpp.distill``. It needs no teachers: the student starts at random weights, and the target is a
+tenth of each parameter away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
+
+from ddpp import augment, cli, data, models, runs, seeds, synthetic
+from ddpp.config import SECTIONS, Config
+from ddpp.dual import ConvNetStep
+from ddpp.models import flat
+from ddpp.unroll import Matching, Step, matching_gradients, provider
+
+#: What an operator's time counts as, by the beginnings of its name.
+ROOMS: dict[str, tuple[str, ...]] = {
+    "products of matrices": ("ddpp::multiply_matrices", "aten::mm", "aten::addmm", "aten::bmm"),
+    "Winograd transforms": ("ddpp::winograd",),
+    "torch's convolutions": ("aten::mkldnn_conv", "aten::convolution", "aten::cudnn_conv", "aten::_slow_conv"),
+    "norm, activation, pooling": (
+        *("ddpp::norm_relu_pool", "aten::native_group_norm", "aten::threshold", "aten::relu", "aten::clamp"),
+        *("aten::avg_pool", "aten::max_pool", "aten::var", "aten::rsqrt"),
+    ),
+    "augmentation": ("ddpp::dsa", "aten::grid_sampler", "aten::affine_grid"),
+    "matching loss": ("ddpp::match_loss",),
+    "copies and fills": ("aten::copy_", "aten::fill_", "aten::zero_", "aten::im2col", "aten::col2im", "aten::cat"),
+}
+OTHER, OUTSIDE = "other operators", "outside operators"
+
+
+class Profile(NamedTuple):
+    """Milliseconds by room and megabytes by what they hold."""
+
+    milliseconds: dict[str, float]
+    megabytes: dict[str, float]
+    total: float  # milliseconds of the step when nothing watches it
+
+
+def room(operator: str) -> str:
+    """The name in :data:`ROOMS` that an operator counts as."""
+    return next((name for name, starts in ROOMS.items() if operator.startswith(starts)), OTHER)
+
+
+def measure(call: Callable[[], Matching], step: Step, device: torch.device) -> Profile:
+    """Times an outer step, its second and third call, and adds up what its provider of a step holds."""
+
+    def timed() -> float:
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 1e3 * (time.perf_counter() - began)
+
+    timed()
+    total = timed()
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch_profile(activities=activities) as profiler:
+        watched = timed()
+    rooms = dict.fromkeys([*ROOMS, OTHER], 0.0)
+    for event in profiler.key_averages():
+        rooms[room(event.key)] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+    rooms[OUTSIDE] = max(0.0, watched - sum(rooms.values()))
+    held = step.buffers.megabytes() if isinstance(step, ConvNetStep) else {}
+    return Profile(rooms, held, total)
+
+
+def outer_step(config: Config, device: torch.device) -> tuple[Callable[[], Matching], Step, dict[str, float]]:
+    """One outer step as ``ddpp.distill`` would take it, its provider, and megabytes of what the unroll keeps."""
+    settings, fused = config.distill, config.run.use_fused_kernels
+    dataset = data.load(config.data)
+    network = models.build(config.model, dataset.shape, len(dataset.classes), seed=config.run.seed).to(device)
+    images = synthetic.start(dataset, settings.ipc, settings.init, settings.step_size, config.run.seed).to(device)
+    draw = seeds.generator(config.run.seed, "profile")
+    start = flat.flatten(network)
+    noise = torch.randn(start.shape, generator=draw).to(device)
+    count = len(images.images)
+    size = min(settings.batch or count, count)
+    batches = [torch.randperm(count, generator=draw)[:size].to(device) for _ in range(settings.inner_steps)]
+    groups = augment.groups_for(config.augment.strategy, dataset.strategy)
+    drawn = augment.draw(
+        len(batches), size, *dataset.shape[1:], groups=groups, mode=config.augment.mode, generator=draw
+    )
+    step = provider(network, "auto" if fused else "autograd", tile=settings.winograd)
+
+    def call() -> Matching:
+        return matching_gradients(
+            network,
+            start,
+            start * (1 + 0.1 * noise),
+            images.images,
+            images.labels,
+            images.step_size,
+            batches,
+            list(drawn.to(device)),
+            settings.epsilon,
+            settings.engine,
+            fused=fused,
+            step=step,
+            checkpoint_every=settings.keep_every,
+        )
+
+    states = -(-len(batches) // settings.keep_every) + 1
+    kept = {"student's parameters": states * start.nbytes / 1e6} if settings.engine == "adjoint" else {}
+    return call, step, kept
+
+
+def table(title: str, rows: dict[str, float], unit: str) -> str:
+    """Markdown, the largest first, with each row's share."""
+    total = sum(rows.values()) or 1.0
+    ordered = sorted(rows.items(), key=lambda row: -row[1])
+    lines = [f"| {name} | {value:.1f} | {value / total:.0%} |" for name, value in ordered if value >= total / 1000]
+    return "\n".join([f"| {title} | {unit} | share |", "|---|---|---|", *lines])
+
+
+def draw(found: Profile, path: Path) -> None:
+    """Bars of the two tables, one beside the other."""
+    panels = [(found.milliseconds, "milliseconds"), (found.megabytes, "megabytes held between steps")]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
+    for axis, (rows, title) in zip(axes, panels, strict=True):
+        ordered = sorted((value, name) for name, value in rows.items() if value > 0)[-12:]
+        axis.barh([name for _, name in ordered], [value for value, _ in ordered])
+        axis.set_title(title)
+        axis.grid(axis="x", alpha=0.3)
+    with runs.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _run(config: Config, args: argparse.Namespace) -> None:
+    device = cli.device(config)
+    call, step, kept = outer_step(config, device)
+    found = measure(call, step, device)
+    found = found._replace(megabytes={**found.megabytes, **kept})
+    settings = config.distill
+    print(
+        f"{config.data.dataset}, {settings.ipc} images a class, {settings.inner_steps} inner steps, engine "
+        f"{settings.engine}, {type(step).__name__}, {torch.get_num_threads()} threads: {found.total:.0f} ms\n"
+    )
+    print(table("time", found.milliseconds, "ms"))
+    print()
+    print(table("memory held between steps", found.megabytes, "MB"))
+    print(f"\npeak memory of the process: {runs.peak_memory_mb(device):.0f} MB")
+    draw(found, Path(args.out))
+    print(f"written: {args.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(
+        "profile",
+        "Show where the time and memory of an outer step go.",
+        "distill",
+        SECTIONS,
+        _run,
+        argv,
+        arguments=lambda parser: parser.add_argument(
+            "--out", metavar="FILE", default="profile.png", help="Where the picture goes (default: profile.png)."
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
