@@ -23,7 +23,7 @@ from ddpp.config import SECTIONS, Config, DistillConfig
 from ddpp.config import load as load_config
 from ddpp.data import Dataset
 from ddpp.errors import UserError
-from ddpp.methods import METHODS, Method, Problem, Update
+from ddpp.methods import METHODS, Method, Problem, Selection, Update
 from ddpp.synthetic import Synthetic
 from ddpp.trajectories import Trajectory
 
@@ -143,6 +143,20 @@ def distill(settings: DistillConfig, first: Synthetic, method: Method, folder: P
     return state
 
 
+def select(settings: DistillConfig, selection: Selection, problem: Problem, folder: Path) -> State:
+    """Real images in place of synthetic ones. Writes ``log.jsonl``, without a step, and ``snapshots/``.
+
+    Networks are evaluated at ``settings.step_size``: a selection has none of its own.
+    """
+    began = time.perf_counter()
+    index, dataset = selection.choose(), problem.dataset
+    chosen = Synthetic(dataset.train_images[index], dataset.train_labels[index], torch.tensor(settings.step_size))
+    state = replace(State.begin(chosen.to(problem.device)), seconds=time.perf_counter() - began)
+    _save_snapshot(state, folder)
+    runs.Log(folder / "log.jsonl", 0).flush()
+    return state
+
+
 def _outer_step(state: State, method: Method, settings: DistillConfig) -> tuple[State, dict[str, Any]]:
     """One update: taken, skipped where nothing could be matched, or undone where a number is not finite."""
     update = method.update(state.synthetic, state.step)
@@ -219,7 +233,12 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     trajectories = _trajectories(config, dataset, network, device) if method_class.needs_teachers else []
     teachers_seconds = time.perf_counter() - began
     problem = Problem(config, dataset, network, trajectories, groups, device)
-    state = distill(settings, first, method_class(problem), folder)
+    method = method_class(problem)
+    state = (
+        select(settings, method, problem, folder)
+        if isinstance(method, Selection)
+        else distill(settings, first, method, folder)
+    )
     _save_result(state, config, dataset, groups, folder)
 
     began = time.perf_counter()

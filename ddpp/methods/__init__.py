@@ -1,7 +1,7 @@
 """Distillation methods: one file and one registration each.
 
 A method gives, at each outer step, the gradients of the synthetic images and of the step size; the loop in
-:mod:`ddpp.distill` applies, checks and saves them.
+:mod:`ddpp.distill` applies, checks and saves them. A selection chooses real images, once, and there is no loop.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,23 @@ class Method(Protocol):
     def update(self, synthetic: Synthetic, step: int) -> Update: ...
 
 
-METHODS: Registry[type[Method]] = Registry("method")
+@runtime_checkable
+class Selection(Protocol):
+    """Built once for a run; what it chooses depends on the problem and the seed alone."""
+
+    needs_teachers: bool
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Refuses, before anything is trained, options that cannot work together."""
+
+    def __init__(self, problem: Problem) -> None: ...
+
+    def choose(self) -> Tensor:
+        """Indices of real training images, ``ipc`` of each class, class by class. [K * ipc] int64"""
+
+
+METHODS: Registry[type[Method] | type[Selection]] = Registry("method")
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

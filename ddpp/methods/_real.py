@@ -1,0 +1,78 @@
+"""What selections of real images share: a network trained on all of them, and one class at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ddpp import models, seeds, training
+from ddpp.data import Dataset
+from ddpp.errors import UserError
+from ddpp.methods import Problem
+from ddpp.models import Network
+from ddpp.training import Recipe
+
+_AT_ONCE = 500  # images
+
+
+def trained_network(problem: Problem, on_epoch: Callable[[Network], None] | None = None) -> Network:
+    """A network trained on all real images as the teachers are, without augmentation.
+
+    Args:
+        on_epoch: called with the network after each epoch.
+
+    Raises:
+        UserError: its loss did not stay finite.
+    """
+    config, dataset = problem.config, problem.dataset
+    settings, seed = config.teachers, seeds.derive(config.run.seed, "selection")
+    network = models.build(config.model, dataset.shape, len(dataset.classes), seed=seed)
+    recipe = Recipe(settings.epochs, settings.lr, settings.momentum, settings.weight_decay, settings.batch)
+    finite = training.fit(
+        network,
+        dataset.train_images,
+        dataset.train_labels,
+        recipe,
+        seed=seed,
+        device=problem.device,
+        fused=config.run.use_fused_kernels,
+        on_epoch=None if on_epoch is None else lambda: on_epoch(network),
+    )
+    if not finite:
+        raise UserError(f"the network to select by diverged at --teachers-lr {settings.lr}; lower it")
+    return network
+
+
+@torch.no_grad()
+def embeddings(network: Network, problem: Problem) -> Tensor:
+    """What the classifier sees of each real training image, on the CPU. [N, F]"""
+    parts = problem.dataset.train_images.split(_AT_ONCE)
+    return torch.cat([network.embed(part.to(problem.device)).cpu() for part in parts])
+
+
+@torch.no_grad()
+def right(network: Network, problem: Problem) -> Tensor:
+    """Which real training images the network classifies right, on the CPU. [N] bool"""
+    parts = problem.dataset.train_images.split(_AT_ONCE)
+    answers = torch.cat([network(part.to(problem.device)).argmax(1).cpu() for part in parts])
+    return answers == problem.dataset.train_labels
+
+
+def choose_by_class(dataset: Dataset, ipc: int, rule: Callable[[Tensor], Tensor]) -> Tensor:
+    """Indices that a rule chooses of each class. [K * ipc]
+
+    Args:
+        rule: from the indices of a class's images to positions among them, the chosen ones first.
+
+    Raises:
+        UserError: a class has fewer than ``ipc`` images.
+    """
+    chosen = []
+    for label, name in enumerate(dataset.classes):
+        members = torch.nonzero(dataset.train_labels == label).flatten()
+        if len(members) < ipc:
+            raise UserError(f"--ipc {ipc} is more than the {len(members)} training images of class {name!r}")
+        chosen.append(members[rule(members)[:ipc]])
+    return torch.cat(chosen)
