@@ -1,11 +1,12 @@
 """The exact gradients of J student steps, against a plain graph of all steps written out here."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from ddpp import augment, models
@@ -158,13 +159,18 @@ def test_wrong_arguments_are_named(change: Any, message: str) -> None:
         matching_gradients(**{**p, **change(p)})
 
 
-def test_a_float32_step_matches_float64_to_rounding() -> None:
-    p = problem()
-    exact = matching_gradients(**p)
-    single: dict[str, Any] = {
-        k: v.float() if isinstance(v, Tensor) and v.dtype == torch.float64 else v for k, v in p.items()
-    }
-    single["network"] = nn.Module.float(p["network"])
-    found = matching_gradients(**single)
-    cosine = F.cosine_similarity(found.images.double().flatten(), exact.images.flatten(), dim=0)
-    assert 1 - cosine < 1e-3 and abs(float(found.loss) / float(exact.loss) - 1) < 1e-4
+def single(p: dict[str, Any]) -> dict[str, Any]:
+    """The problem in float32; the network given is left in float64."""
+    cast = {k: v.float() if isinstance(v, Tensor) and v.dtype == torch.float64 else v for k, v in p.items()}
+    return {**cast, "network": copy.deepcopy(p["network"]).float()}
+
+
+@pytest.mark.parametrize(("name", "tile"), [("autograd", 0), ("fused", 0), ("dual", 0), ("dual", 2), ("dual", 4)])
+def test_float32_gradients_match_float64_to_rounding(name: str, tile: int) -> None:
+    for seed in range(10):
+        p = problem(seed=seed)
+        exact = matching_gradients(**p, engine="unrolled")
+        rounded = single(p)
+        found = matching_gradients(**rounded, step=provider(rounded["network"], name, tile=tile))
+        cosine = F.cosine_similarity(found.images.double().flatten(), exact.images.flatten(), dim=0)
+        assert 1 - cosine < 1e-3 and abs(float(found.loss) / float(exact.loss) - 1) < 1e-4
