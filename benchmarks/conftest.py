@@ -6,8 +6,6 @@ the system, so that each new tensor pays for page faults; the benchmarks measure
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import functools
 import time
 from collections.abc import Iterator
@@ -17,14 +15,7 @@ import pytest
 import torch
 import torch._dynamo
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-
-
-def keep_pages() -> bool:
-    """Asks glibc's malloc not to give memory back; False on another C library."""
-    mallopt = getattr(ctypes.CDLL(ctypes.util.find_library("c")), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
-
+from ddpp.cli import keep_pages
 
 PAGES_KEPT = keep_pages()
 

@@ -63,7 +63,7 @@ def run(
     args = parser.parse_all(argv)
     try:
         config = _resolve(args, base(args), own, sections)
-        _keep_pages()
+        keep_pages()
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         main(config, args)
@@ -147,12 +147,15 @@ def _resolve(args: argparse.Namespace, base: Config | None, own: str, sections: 
     return config
 
 
-def _keep_pages() -> None:
-    """Tells glibc to keep freed memory: large tensors are otherwise mapped and faulted in anew at each step."""
-    mmap_max, trim_threshold = -4, -1
+def keep_pages() -> bool:
+    """Tells glibc to keep freed memory: large tensors are otherwise mapped and faulted in anew at each step.
+
+    Returns:
+        Whether it will; other C libraries have no such setting.
+    """
+    mmap_max, trim_threshold = -4, -1  # malloc.h
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        return bool(libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1))
     except (AttributeError, OSError):
-        return
+        return False
