@@ -65,6 +65,10 @@ class TeachersConfig:
     momentum: float = option(0.0, "Momentum of the teachers' SGD.", low=0, high=1)
     weight_decay: float = option(0.0, "Weight decay of the teachers' SGD.", low=0)
     batch: int = option(128, "Images in a batch.", low=1)
+    sharpness_radius: float = option(
+        0.0, "Radius of the sharpness-aware search for flat minima (GSAM, as FTD); 0 is plain SGD.", low=0
+    )
+    sharpness_weight: float = option(0.3, "Weight of GSAM's surrogate gap.", low=0)
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,47 @@ class DistillConfig:
     step_size: float = option(0.02, "First value of the learned step size.", low=1e-12)
     momentum: float = option(0.5, "Momentum of pixels and step size.", low=0, high=1)
     batch: int | None = option(None, "Synthetic images in an inner step; by default all.", low=1)
-    init: str = option("real", "Synthetic images start as real training images or as noise.", choices=("real", "noise"))
-    real_batch: int = option(256, "Real images of each class in an outer step of dm.", low=1)
+    init: str = option(
+        "real",
+        "Synthetic images start as real training images, as those that a teacher classifies right, or as noise.",
+        choices=("real", "correct", "noise"),
+    )
+    labels: str = option(
+        "hard",
+        "Labels: fixed classes, or soft ones that begin as the teachers' and are learned.",
+        choices=("hard", "soft"),
+    )
+    lr_labels: float = option(1.0, "Learning rate of soft labels' logits.", low=0)
+    labels_momentum: float = option(0.9, "Momentum of soft labels.", low=0, high=1)
+    min_start_epoch: int = option(0, "Start epochs are drawn from this one on.", low=0)
+    first_max_start_epoch: int | None = option(
+        None, "Bound of the start epochs at the first outer step; it grows to --max-start-epoch.", low=1
+    )
+    window_steps: int = option(1000, "Outer steps until the bound of the start epochs has grown.", low=1)
+    max_loss: float | None = option(None, "Outer steps whose loss is above are skipped.", low=0)
+    ema: float = option(
+        0.0, "The result is this moving average of the images over the steps; 0 for the last.", low=0, high=1
+    )
+    prune: str = option(
+        "ratio",
+        "Parameters left out of the distance: by ratio to the teacher's (DDPP), none (MTT), those furthest from it, "
+        "those nearest to it, or the first layers.",
+        choices=("ratio", "none", "difference", "lowest", "depth"),
+    )
+    prune_share: float = option(0.25, "Share left out by difference, lowest and depth.", low=0, high=0.99)
+    nearest_step: bool = option(False, "Match after the inner step that is nearest to the target, not after the last.")
+    real_batch: int = option(256, "Real images of each class in an outer step of dc, dsa and dm.", low=1)
+    loops: int | None = option(
+        None, "Outer steps of dc and dsa with one network; by default the papers' for the ipc.", low=1
+    )
+    loop_epochs: int | None = option(
+        None, "Epochs of that network on the synthetic images between them; by default the papers'.", low=0
+    )
+    lr_network: float = option(0.01, "Learning rate of the network of dc and dsa.", low=0)
     engine: str = option(
-        "adjoint", "How gradients are computed: constant memory, or the whole graph.", choices=("adjoint", "unrolled")
+        "adjoint",
+        "How gradients are computed: constant memory, the whole graph, or TESLA's approximation.",
+        choices=("adjoint", "unrolled", "tesla"),
     )
     keep_every: int = option(1, "Inner steps between kept student parameters; those between are computed again.", low=1)
     winograd: int = option(

@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ddpp.config import SECTIONS, Config, DistillConfig
 from ddpp.config import load as load_config
 from ddpp.data import Dataset
 from ddpp.errors import UserError
-from ddpp.methods import METHODS, Method, Problem, Selection, Update
+from ddpp.methods import METHODS, Memory, Method, Problem, Selection, Update
 from ddpp.synthetic import Synthetic
 from ddpp.trajectories import Trajectory
 
@@ -38,7 +38,10 @@ class State:
     step: int
     synthetic: Synthetic
     images_velocity: Tensor  # [N, C, H, W]
+    labels_velocity: Tensor  # as the labels
     step_size_velocity: Tensor  # []
+    average: Tensor | None = None  # [N, C, H, W] of the images over the steps, with --ema
+    memory: Memory = field(default_factory=dict)
     undone: int = 0
     undone_in_a_row: int = 0
     skipped: int = 0
@@ -46,54 +49,77 @@ class State:
 
     @classmethod
     def begin(cls, first: Synthetic) -> State:
-        return cls(0, first, torch.zeros_like(first.images), torch.zeros_like(first.step_size))
+        images, labels, step_size = (torch.zeros_like(t) for t in (first.images, first.labels, first.step_size))
+        return cls(0, first, images, labels, step_size)
+
+    @property
+    def result(self) -> Synthetic:
+        """What is evaluated and saved."""
+        return self.synthetic if self.average is None else replace(self.synthetic, images=self.average)
 
     def moved(self, update: Update, settings: DistillConfig) -> State:
-        """One step of SGD with momentum on pixels and step size.
+        """One step of SGD with momentum on pixels, step size and soft labels.
 
         The step size stays above a thousandth of its first value.
         """
-        images_velocity = settings.momentum * self.images_velocity + update.images
-        step_size_velocity = settings.momentum * self.step_size_velocity + update.step_size
-        images = self.synthetic.images - settings.lr_pixels * images_velocity
-        step_size = self.synthetic.step_size - settings.lr_step_size * step_size_velocity
+        now, momentum = self.synthetic, settings.momentum
+        images_velocity = momentum * self.images_velocity + update.images
+        step_size_velocity = momentum * self.step_size_velocity + update.step_size
+        images = now.images - settings.lr_pixels * images_velocity
+        step_size = now.step_size - settings.lr_step_size * step_size_velocity
         floor = settings.step_size * SMALLEST_STEP_SIZE
+        labels, labels_velocity = now.labels, self.labels_velocity
+        if update.labels is not None:
+            labels_velocity = settings.labels_momentum * labels_velocity + update.labels
+            labels = labels - settings.lr_labels * labels_velocity
         return replace(
             self,
             step=self.step + 1,
-            synthetic=replace(self.synthetic, images=images, step_size=step_size.clamp_min(floor)),
+            synthetic=Synthetic(images, labels, step_size.clamp_min(floor)),
+            average=torch.lerp(images, self.result.images, settings.ema) if settings.ema else None,
             images_velocity=images_velocity,
+            labels_velocity=labels_velocity,
             step_size_velocity=torch.where(step_size > floor, step_size_velocity, 0),
+            memory=update.memory,
             undone_in_a_row=0,
         )
 
     def finite(self) -> Tensor:
-        parts = (self.synthetic.images, self.images_velocity, self.synthetic.step_size, self.step_size_velocity)
-        return torch.stack([torch.isfinite(t).all() for t in parts]).all()
+        moving = [t for t in self._tensors().values() if t.is_floating_point()]
+        return torch.stack([torch.isfinite(t).all() for t in moving]).all()
 
-    def save(self, path: Path) -> None:
-        tensors = {
+    def _tensors(self) -> dict[str, Tensor]:
+        held = {
             "images": self.synthetic.images,
             "labels": self.synthetic.labels,
             "step_size": self.synthetic.step_size,
             "images_velocity": self.images_velocity,
+            "labels_velocity": self.labels_velocity,
             "step_size_velocity": self.step_size_velocity,
-        }
-        runs.write_tensors(path, tensors, {name: getattr(self, name) for name in _COUNTERS})
+        } | {_MEMORY + name: t for name, t in self.memory.items()}
+        return held if self.average is None else held | {"average": self.average}
+
+    def save(self, path: Path) -> None:
+        runs.write_tensors(path, self._tensors(), {name: getattr(self, name) for name in _COUNTERS})
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> State:
         tensors, counters = runs.read_tensors(path, "checkpoint")
         tensors = {name: t.to(device) for name, t in tensors.items()}
-        held = Synthetic(tensors["images"], tensors["labels"], tensors["step_size"])
+        held = Synthetic(tensors.pop("images"), tensors.pop("labels"), tensors.pop("step_size"))
+        memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in list(tensors) if name.startswith(_MEMORY)}
         return cls(
             synthetic=held,
             images_velocity=tensors["images_velocity"],
+            labels_velocity=tensors["labels_velocity"],
             step_size_velocity=tensors["step_size_velocity"],
+            average=tensors.get("average"),
+            memory=memory,
             **counters,
         )
 
 
+_MEMORY = "memory."
 _COUNTERS = ("step", "undone", "undone_in_a_row", "skipped", "seconds")
 
 
@@ -158,15 +184,15 @@ def select(settings: DistillConfig, selection: Selection, problem: Problem, fold
 
 
 def _outer_step(state: State, method: Method, settings: DistillConfig) -> tuple[State, dict[str, Any]]:
-    """One update: taken, skipped where nothing could be matched, or undone where a number is not finite."""
-    update = method.update(state.synthetic, state.step)
+    """One update: taken; skipped where nothing could be matched or too little was; undone where it is not finite."""
+    update = method.update(state.synthetic, state.step, state.memory)
     proposed = state.moved(update, settings)
     finite = proposed.finite() & torch.isfinite(update.loss)
     loss, kept, usable = torch.stack([update.loss, update.kept, finite.to(update.loss.dtype)]).tolist()
     if not usable:
         outcome = "undone"
         state = replace(state, step=state.step + 1, undone=state.undone + 1, undone_in_a_row=state.undone_in_a_row + 1)
-    elif kept == 0:
+    elif kept == 0 or (settings.max_loss is not None and loss > settings.max_loss):
         outcome = "skipped"
         state = replace(state, step=state.step + 1, skipped=state.skipped + 1)
     else:
@@ -191,7 +217,7 @@ def _diverged(state: State, folder: Path) -> str:
 
 
 def _save_snapshot(state: State, folder: Path) -> None:
-    state.synthetic.save(folder / "snapshots" / f"step-{state.step:06d}.safetensors", {"step": state.step})
+    state.result.save(folder / "snapshots" / f"step-{state.step:06d}.safetensors", {"step": state.step})
 
 
 def _save_result(state: State, config: Config, dataset: Dataset, groups: tuple[str, ...], folder: Path) -> None:
@@ -208,7 +234,7 @@ def _save_result(state: State, config: Config, dataset: Dataset, groups: tuple[s
         "undone": state.undone,
         "skipped": state.skipped,
     }
-    state.synthetic.save(folder / "synthetic.safetensors", meta, dataset.transform)
+    state.result.save(folder / "synthetic.safetensors", meta, dataset.transform)
 
 
 def _trajectories(config: Config, dataset: Dataset, network: torch.nn.Module, device: torch.device) -> list[Trajectory]:
@@ -216,10 +242,21 @@ def _trajectories(config: Config, dataset: Dataset, network: torch.nn.Module, de
     return teachers.open_all(folder, config, dataset, network)
 
 
+def _check(config: Config, method: type[Method] | type[Selection]) -> None:
+    """Refuses options that this method cannot follow, before anything is trained."""
+    settings = config.distill
+    if settings.labels == "soft" and not method.learns_labels:
+        learning = ", ".join(name for name in METHODS.names() if METHODS.get(name).learns_labels)
+        raise UserError(f"--labels soft needs a method that learns labels ({learning}), and {settings.method} does not")
+    if settings.init == "correct" and not method.needs_teachers:
+        raise UserError(f"--init correct asks teachers, and method {settings.method} has none; give --init real")
+    method.check(config)
+
+
 def _run(config: Config, args: argparse.Namespace) -> None:
     settings, seed, device = config.distill, config.run.seed, cli.device(config)
     method_class = METHODS.get(settings.method)
-    method_class.check(config)
+    _check(config, method_class)
     dataset = data.load(config.data)
     evaluate.check(config, dataset)
     network = models.build(config.model, dataset.shape, len(dataset.classes), seed=seed).to(device)
@@ -232,6 +269,10 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     began = time.perf_counter()
     trajectories = _trajectories(config, dataset, network, device) if method_class.needs_teachers else []
     teachers_seconds = time.perf_counter() - began
+    if trajectories:
+        first = synthetic.start_from_teachers(
+            first, dataset, network, trajectories, init=settings.init, labels=settings.labels, seed=seed
+        )
     problem = Problem(config, dataset, network, trajectories, groups, device)
     method = method_class(problem)
     state = (

@@ -152,7 +152,7 @@ def compare(
             scores, best = evaluation.distilled(model, candidates)
             recipe = evaluation.recipe(candidates[best])
             tables[model] = {
-                "random": _summary(evaluation.random(model, config.distill.ipc, recipe)),
+                "random": _summary(evaluation.random(model, config.distill.ipc, recipe)),  # a run of random replaces it
                 config.distill.method: {**_summary(scores), "step": steps[best], "lr": recipe.lr},
                 "full": _summary(evaluation.full(model)) if settings.full_epochs else None,
             }

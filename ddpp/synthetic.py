@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpp import runs, seeds
 from ddpp.data import Dataset
 from ddpp.errors import UserError
+from ddpp.models import flat
+from ddpp.trajectories import Trajectory
 
 FORMAT = 1
+_AT_ONCE = 500  # images
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,75 @@ def real_images(dataset: Dataset, ipc: int, *key: str | int, seed: int) -> Synth
 
 
 def start(dataset: Dataset, ipc: int, init: str, step_size: float, seed: int) -> Synthetic:
-    """The set that distillation begins with: real images, or unit normal noise, class by class."""
+    """The set that distillation begins with: real images, or unit normal noise, class by class.
+
+    What only teachers can choose stands for random real images here; see :func:`start_from_teachers`.
+    """
     images = real_images(dataset, ipc, "start", seed=seed)
     if init == "noise":
         noise = torch.randn(images.images.shape, generator=seeds.generator(seed, "noise"))
         images = replace(images, images=noise)
     return replace(images, step_size=torch.tensor(step_size))
+
+
+@torch.no_grad()
+def start_from_teachers(
+    first: Synthetic,
+    dataset: Dataset,
+    network: nn.Module,
+    teachers: Sequence[Trajectory],
+    *,
+    init: str,
+    labels: str,
+    seed: int,
+) -> Synthetic:
+    """The start where it asks for teachers: images that they classify right, and their answers as soft labels.
+
+    As DATM does (arXiv 2310.05773). ``init`` "correct": of each class the first images of a random order that a teacher
+    classifies right after its last epoch; where one has not enough, the next teacher's follow. ``labels`` "soft": the
+    mean logits of the teachers that classify an image right, of all teachers where none does.
+
+    Raises:
+        UserError: all teachers together classify fewer images of a class right than there are to be.
+    """
+    if init != "correct" and labels != "soft":
+        return first
+    ends = [t.rows(t.epochs, t.epochs)[0].to(first.images.device) for t in teachers]
+    images = first.images
+    if init == "correct":
+        images = _correct_images(first, dataset, network, ends, seed)
+    if labels != "soft":
+        return replace(first, images=images)
+    answers = torch.stack([_answers(network, end, images) for end in ends])  # [T, N, K]
+    right = answers.argmax(2) == first.labels  # [T, N]
+    weights = torch.where(right.any(0), right, True).to(answers.dtype)
+    logits = (answers * weights[..., None]).sum(0) / weights.sum(0)[:, None]
+    return replace(first, images=images, labels=logits)
+
+
+def _correct_images(first: Synthetic, dataset: Dataset, network: nn.Module, ends: list[Tensor], seed: int) -> Tensor:
+    """[N, C, H, W]"""
+    ipc, device = len(first.images) // len(dataset.classes), first.images.device
+    chosen: list[list[int]] = [[] for _ in dataset.classes]
+    for end in ends:
+        if all(len(of_class) == ipc for of_class in chosen):
+            break
+        right = _answers(network, end, dataset.train_images).argmax(1).cpu() == dataset.train_labels
+        for label, of_class in enumerate(chosen):
+            members = torch.nonzero(right & (dataset.train_labels == label)).flatten()
+            order = torch.randperm(len(members), generator=seeds.generator(seed, "correct", label))
+            new = [i for i in members[order].tolist() if i not in of_class]
+            of_class += new[: ipc - len(of_class)]
+    for name, of_class in zip(dataset.classes, chosen, strict=True):
+        if len(of_class) < ipc:
+            raise UserError(
+                f"--init correct finds {len(of_class)} images of class {name!r} that a teacher classifies right, and "
+                f"--ipc asks for {ipc}. Train teachers longer, or give --init real."
+            )
+    return dataset.train_images[torch.tensor(chosen).flatten()].to(device)
+
+
+def _answers(network: nn.Module, parameters: Tensor, images: Tensor) -> Tensor:
+    """Logits. [N, K]"""
+    parts = [flat.call(network, parameters, part.to(parameters.device)) for part in images.split(_AT_ONCE)]
+    return torch.cat(parts)

@@ -90,6 +90,8 @@ def folder_of(config: Config, dataset: Dataset) -> Path:
         parts += [f"d{options.pop('depth')}", f"w{options.pop('width')}"]
     usual = asdict(type(config.model)())
     parts += [value for name, value in options.items() if value != usual[name]]
+    if config.teachers.sharpness_radius:
+        parts.append(f"flat{config.teachers.sharpness_radius:g}-{config.teachers.sharpness_weight:g}")
     return Path("teachers") / "-".join(parts)
 
 
@@ -98,7 +100,7 @@ def _describe(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
     return {
         "dataset": dataset.describe(),
         "model": models.describe(config.model, dataset.shape),
-        "recipe": asdict(_recipe(config)),
+        "recipe": _recipe_by_name(config),
         "augmentation": {"groups": list(_groups(config, dataset)), "mode": config.augment.mode},
     }
 
@@ -109,7 +111,22 @@ def _groups(config: Config, dataset: Dataset) -> tuple[str, ...]:
 
 def _recipe(config: Config) -> Recipe:
     settings = config.teachers
-    return Recipe(settings.epochs, settings.lr, settings.momentum, settings.weight_decay, settings.batch)
+    return Recipe(
+        settings.epochs,
+        settings.lr,
+        settings.momentum,
+        settings.weight_decay,
+        settings.batch,
+        sharpness_radius=settings.sharpness_radius,
+        sharpness_weight=settings.sharpness_weight if settings.sharpness_radius else 0.0,
+    )
+
+
+def _recipe_by_name(config: Config) -> dict[str, Any]:
+    """The sharpness stands there only where it is searched, so that older teachers still fit."""
+    recipe = asdict(_recipe(config))
+    flat_minima = config.teachers.sharpness_radius > 0
+    return {name: value for name, value in recipe.items() if flat_minima or not name.startswith("sharpness")}
 
 
 def _stop_if_asked(interruption: runs.Interruption, index: int, folder: Path) -> None:

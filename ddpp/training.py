@@ -24,6 +24,9 @@ class Recipe:
         epochs: passes over the images.
         decay: once, after epoch ``epochs // 2 + 1`` counted from 0, the rate falls to a tenth and momentum
             begins at 0. Source: the published code of Cazenavette et al. (arXiv 2203.11932).
+        sharpness_radius: of the adaptive ball in which GSAM (arXiv 2203.08065) looks for the worst parameters, as FTD's
+            teachers do (arXiv 2211.11004); 0 is plain SGD.
+        sharpness_weight: of GSAM's surrogate gap.
     """
 
     epochs: int
@@ -32,6 +35,8 @@ class Recipe:
     weight_decay: float = 0.0
     batch: int = 256
     decay: bool = False
+    sharpness_radius: float = 0.0
+    sharpness_weight: float = 0.0
 
 
 def fit(
@@ -79,16 +84,48 @@ def fit(
             optimizer = _sgd(model, recipe, recipe.lr * 0.1)
         for chosen, plan in batches:
             batch = images[chosen] if plan is None else dsa_augment(images[chosen], plan, fused=fused)
-            loss = F.cross_entropy(model(batch), targets[chosen])
-            optimizer.zero_grad()
-            loss.backward()
+            losses += _backward(model, batch, targets[chosen])
+            if recipe.sharpness_radius:
+                _flatten_gradient(model, batch, targets[chosen], recipe)
             optimizer.step()
-            losses += loss.detach()
             if on_step:
                 on_step()
         if on_epoch:
             on_epoch()
     return bool(torch.isfinite(losses))
+
+
+def _backward(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """Sets the gradients of the cross-entropy and returns it. []"""
+    model.zero_grad()
+    loss = F.cross_entropy(model(images), targets)
+    loss.backward()
+    return loss.detach()
+
+
+def _flatten_gradient(model: nn.Module, images: Tensor, targets: Tensor, recipe: Recipe) -> None:
+    """Replaces the gradients g by GSAM's: h - weight (g - its part along h), h the gradient at the worst place near.
+
+    That place is theta + radius theta^2 g / |theta g| (adaptive). Equations 4 to 6 of arXiv 2203.08065.
+    """
+    plain = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+    with torch.no_grad():
+        scale = recipe.sharpness_radius / (_norm([p * g for p, g in plain]) + 1e-12)
+        before = [p.clone() for p, _ in plain]
+        for p, g in plain:
+            p.add_(scale * p.square() * g)
+    _backward(model, images, targets)
+    with torch.no_grad():
+        worst = [(g, p.grad) for p, g in plain if p.grad is not None]
+        along = torch.stack([(g * h).sum() for g, h in worst]).sum() / (_norm([h for _, h in worst]).square() + 1e-12)
+        for g, h in worst:
+            h.sub_(recipe.sharpness_weight * (g - along * h))
+        for (p, _), value in zip(plain, before, strict=True):
+            p.copy_(value)
+
+
+def _norm(parts: list[Tensor]) -> Tensor:
+    return torch.stack([part.norm() for part in parts]).norm()
 
 
 @torch.no_grad()

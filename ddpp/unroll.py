@@ -8,6 +8,9 @@ written. ``adjoint`` keeps theta_0..theta_J only and walks back with lambda = dL
     dL/dX    += -lr dphi_j/dX,   dL/dlr += -phi_j,   dL/dy += -lr dphi_j/dy
     lambda_j  = lambda_{j+1} - lr dphi_j/dtheta
 
+``tesla`` is the same walk with lambda_j = lambda_J, which is what TESLA (arXiv 2211.10586) computes: an
+approximation, to compare with.
+
 The walk knows no network: a :class:`Step` gives g_j, and phi_j with its derivatives.
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,6 +30,7 @@ from ddpp.dual import ConvNetStep, StepAdjoint
 from ddpp.errors import UserError, nearest
 from ddpp.models import Network, flat
 from ddpp.ops import dsa_augment, masked_match_loss, norm_relu_pool
+from ddpp.pruning import Distance
 
 
 class Matching(NamedTuple):
@@ -158,9 +163,9 @@ class _Unroll(NamedTuple):
     plans: Sequence[Tensor | None]
     epsilon: float | None
     fused: bool
-
     step: Step
     checkpoint_every: int
+    distance: Distance | None
 
     def augmented(self, images: Tensor, step: int) -> Tensor:
         """An inner step's batch of images under its plan."""
@@ -173,7 +178,19 @@ class _Unroll(NamedTuple):
         return torch.addcmul(theta, gradient, -self.lr)
 
     def match(self, end: Tensor) -> tuple[Tensor, Tensor]:
+        if self.distance is not None:
+            return self.distance(end, self.target, self.start)
         return masked_match_loss(end, self.target, self.start, self.epsilon, fused=self.fused)
+
+    def until_nearest(self) -> _Unroll:
+        """The same without the inner steps after the one whose parameters are nearest to the target, by L1."""
+        theta, best, length = self.start.detach(), None, len(self.batches)
+        for step in range(len(self.batches)):
+            theta = self.next(theta, step)
+            found = (theta - self.target).abs().sum()
+            if best is None or found <= best:
+                best, length = found, step + 1
+        return self._replace(batches=self.batches[:length], plans=self.plans[:length])
 
     def leaves(self) -> tuple[Tensor, Tensor]:
         """Images and labels cut off from any graph; what can be learned requires gradients."""
@@ -196,6 +213,8 @@ def matching_gradients(
     fused: bool = True,
     step: Step | None = None,
     checkpoint_every: int = 1,
+    distance: Distance | None = None,
+    nearest_step: bool = False,
 ) -> Matching:
     """Loss and exact gradients of matching a teacher's trajectory (DDPP, arXiv 2209.14609, equations 1 to 8).
 
@@ -209,12 +228,16 @@ def matching_gradients(
         batches: for each of the J inner steps the indices of its images, without repeats. [n_j] int64
         plans: for each inner step an augmentation plan (:mod:`ddpp.augment`), or None. [n_j, 16]
         epsilon: DDPP's pruning bound on the ratio of parameters; None prunes nothing (MTT).
-        engine: ``adjoint`` (memory does not grow with J but by the P parameters of a step) or ``unrolled``.
+        engine: ``adjoint`` (memory does not grow with J but by the P parameters of a step), ``unrolled``, or ``tesla``,
+            which is not exact.
         fused: compiled kernels; False is pure PyTorch.
         step: what computes a student step for the ``adjoint`` engine, as :func:`provider` gives it; by default
             the fastest one, or reverse over reverse without ``fused``.
         checkpoint_every: the ``adjoint`` engine keeps the parameters of every so many steps and computes those between
             again, which gives the same bits.
+        distance: another distance than DDPP's, from (end, target, start) to (loss, kept); see :mod:`ddpp.pruning`.
+        nearest_step: match after the inner step that is nearest to the target by L1, the later one of equals; the
+            gradient is of the steps up to it (ATT, arXiv 2407.14245).
 
     Returns:
         First-order quantities without a graph: the loss, its gradients by images, step size and soft labels, the number
@@ -224,8 +247,9 @@ def matching_gradients(
         UserError: shapes, dtypes or the engine's name do not fit.
     """
     unroll = _checked(
-        network, start, target, images, labels, lr, batches, plans, epsilon, fused, step, checkpoint_every
+        network, start, target, images, labels, lr, batches, plans, epsilon, fused, step, checkpoint_every, distance
     )
+    unroll = unroll.until_nearest() if nearest_step else unroll
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}{nearest(engine, ENGINES)} Known: {', '.join(ENGINES)}")
     return ENGINES[engine](unroll)
@@ -242,7 +266,7 @@ def _unrolled(u: _Unroll) -> Matching:
     return Matching(loss.detach(), d_images, d_lr, d_labels[0] if d_labels else None, kept, theta.detach())
 
 
-def _adjoint(u: _Unroll) -> Matching:
+def _adjoint(u: _Unroll, *, exact: bool = True) -> Matching:
     end, checkpoints = u.start.detach(), []
     for step in range(len(u.batches)):
         if step % u.checkpoint_every == 0:
@@ -264,7 +288,8 @@ def _adjoint(u: _Unroll) -> Matching:
         if parts.labels is not None:
             d_labels.index_add_(0, batch, -u.lr * parts.labels)
         d_lr -= parts.phi
-        adjoint = torch.addcmul(adjoint, parts.theta, -u.lr)
+        if exact:
+            adjoint = torch.addcmul(adjoint, parts.theta, -u.lr)
     learned = d_labels if u.labels.is_floating_point() else None
     return Matching(loss.detach(), d_images, d_lr, learned, kept, end.detach())
 
@@ -284,7 +309,11 @@ def _learned(*leaves: Tensor) -> list[Tensor]:
     return [t for t in leaves if t.requires_grad]
 
 
-ENGINES: dict[str, Callable[[_Unroll], Matching]] = {"adjoint": _adjoint, "unrolled": _unrolled}
+ENGINES: dict[str, Callable[[_Unroll], Matching]] = {
+    "adjoint": _adjoint,
+    "unrolled": _unrolled,
+    "tesla": partial(_adjoint, exact=False),
+}
 
 
 def _checked(
@@ -300,6 +329,7 @@ def _checked(
     fused: bool,
     step: Step | None,
     checkpoint_every: int,
+    distance: Distance | None,
 ) -> _Unroll:
     parameters = sum(p.numel() for p in network.parameters())
     for name, vector in (("start", start), ("target", target)):
@@ -323,4 +353,6 @@ def _checked(
     drawn = list(plans) if plans is not None else [None] * len(batches)
     step = step or provider(network, "auto" if fused else "autograd")
     lr = lr.detach()
-    return _Unroll(network, start, target, images, labels, lr, batches, drawn, epsilon, fused, step, checkpoint_every)
+    return _Unroll(
+        network, start, target, images, labels, lr, batches, drawn, epsilon, fused, step, checkpoint_every, distance
+    )

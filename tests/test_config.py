@@ -59,7 +59,7 @@ def test_other_stages_options_carry_their_section(capsys: pytest.CaptureFixture[
         (["--ipc", "one"], "argument --ipc: invalid int value: 'one'"),
         (["--epsilon", "1.5"], "must be between 0 and 1, got 1.5"),
         (["--lr-pixels", "nan"], "must be at least 0, got nan"),
-        (["--init", "noisy"], "must be one of real, noise, got 'noisy'; did you mean 'noise'?"),
+        (["--init", "noisy"], "must be one of real, correct, noise, got 'noisy'; did you mean 'noise'?"),
         (["--preset", "mtt-cifar10-ip10"], "unknown preset 'mtt-cifar10-ip10'; did you mean 'mtt-cifar10-ipc10'?"),
         (["--config", "absent.toml"], "cannot read the configuration file absent.toml"),
     ],

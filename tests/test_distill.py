@@ -14,7 +14,7 @@ import torch
 from ddpp import distill, evaluate, report, runs, synthetic
 from ddpp.config import Config, DistillConfig
 from ddpp.errors import UserError
-from ddpp.methods import METHODS, Problem, Update
+from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.synthetic import Synthetic
 
 TOY = [
@@ -113,6 +113,7 @@ class _Scripted:
     """A method whose losses are given; used to see what the loop does with them."""
 
     needs_teachers = False
+    learns_labels = False
 
     @staticmethod
     def check(config: Config) -> None: ...
@@ -120,7 +121,7 @@ class _Scripted:
     def __init__(self, losses: list[float], kept: float = 1.0, first_is_nan: bool = False) -> None:
         self.losses, self.kept = losses[1:] if first_is_nan else losses, kept
 
-    def update(self, held: Synthetic, step: int) -> Update:
+    def update(self, held: Synthetic, step: int, memory: Memory) -> Update:
         loss = torch.tensor(self.losses[step % len(self.losses)])
         images = torch.full_like(held.images, float(loss))
         return Update(loss, images, torch.zeros(()), torch.tensor(self.kept), {})

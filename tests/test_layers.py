@@ -20,10 +20,11 @@ LEVELS: dict[str, float] = {
     "models": 2,
     "augment": 2,
     "dual": 2.5,
+    "pruning": 2.5,
     "trajectories": 3,
     "unroll": 3,
     "training": 3,
-    "synthetic": 3,
+    "synthetic": 3.5,  # may ask teachers
     "methods": 4,
     "teachers": 5,
     "evaluate": 5,

@@ -30,7 +30,7 @@ def test_the_loss_is_the_distance_of_the_class_means(problem: Problem, monkeypat
     """Without augmentation, and with a batch of all real images, nothing but the network is random."""
     monkeypatch.setattr(models, "build", lambda *_, **__: problem.network)
     start = synthetic.start(problem.dataset, 2, "real", 0.01, 0)
-    found = METHODS.get("dm")(problem).update(start, 0)
+    found = METHODS.get("dm")(problem).update(start, 0, {})
 
     def loss(images: Tensor) -> Tensor:
         total = torch.zeros(())
@@ -57,8 +57,8 @@ def test_a_step_depends_on_its_number_and_the_seed_alone(problem: Problem) -> No
     augmented = replace(problem, groups=augment.GROUPS)
     start = synthetic.start(problem.dataset, 2, "real", 0.01, 0)
     one, again = (METHODS.get("dm")(augmented) for _ in range(2))
-    one.update(start, 0)
-    first, second, other = one.update(start, 3), again.update(start, 3), again.update(start, 4)
+    one.update(start, 0, {})
+    first, second, other = one.update(start, 3, {}), again.update(start, 3, {}), again.update(start, 4, {})
     assert torch.equal(first.images, second.images) and not torch.equal(first.images, other.images)
 
 

@@ -13,7 +13,7 @@ from ddpp.methods.forgetting import forgotten
 from ddpp.methods.herding import herd
 from ddpp.methods.kcenter import centers
 
-SELECTIONS = ["herding", "kcenter", "forgetting"]
+SELECTIONS = ["random", "herding", "kcenter", "forgetting"]
 TOY = [
     *("--width", "8", "--threads", "1", "--ipc", "3", "--teachers-epochs", "3"),
     *("--evaluate-networks", "2", "--evaluate-epochs", "3", "--evaluate-full-epochs", "1"),

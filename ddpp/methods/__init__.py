@@ -33,6 +33,9 @@ class Problem:
     device: torch.device
 
 
+Memory = dict[str, Tensor]  # what a method hands on from one outer step to the next; checkpoints hold it
+
+
 class Update(NamedTuple):
     """Gradients of one outer step."""
 
@@ -41,12 +44,15 @@ class Update(NamedTuple):
     step_size: Tensor  # []
     kept: Tensor  # [] share of parameters kept, 0 for a degenerate step
     note: dict[str, int]  # what was drawn, for the log
+    labels: Tensor | None = None  # [N, K] by the logits of soft labels
+    memory: Memory = {}  # noqa: RUF012 (never changed)
 
 
 class Method(Protocol):
     """Built once for a run; ``update`` depends on nothing but its arguments and the seed."""
 
     needs_teachers: bool
+    learns_labels: bool
 
     @staticmethod
     def check(config: Config) -> None:
@@ -54,7 +60,7 @@ class Method(Protocol):
 
     def __init__(self, problem: Problem) -> None: ...
 
-    def update(self, synthetic: Synthetic, step: int) -> Update: ...
+    def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update: ...
 
 
 @runtime_checkable
@@ -62,6 +68,7 @@ class Selection(Protocol):
     """Built once for a run; what it chooses depends on the problem and the seed alone."""
 
     needs_teachers: bool
+    learns_labels: bool
 
     @staticmethod
     def check(config: Config) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpp import augment, seeds
-from ddpp.config import Config
+from ddpp import augment, pruning, seeds
+from ddpp.config import Config, DistillConfig
 from ddpp.errors import UserError
-from ddpp.methods import METHODS, Problem, Update
+from ddpp.methods import METHODS, Memory, Problem, Update
+from ddpp.models import flat
 from ddpp.ops import winograd
+from ddpp.pruning import Distance
 from ddpp.synthetic import Synthetic
 from ddpp.unroll import matching_gradients, provider
 
@@ -18,10 +20,13 @@ from ddpp.unroll import matching_gradients, provider
 class DDPP:
     """At each outer step: a random teacher, a random start epoch, J student steps, the pruned distance.
 
-    Equations 1 to 8 of the paper. Teachers are visited in random order, each once before any comes again.
+    Equations 1 to 8 of the paper. Teachers are visited in random order, each once before any comes again. Options make
+    it what came after: another rule of pruning, soft labels and a window of start epochs that grows (DATM, PAD), the
+    nearest inner step (ATT).
     """
 
     needs_teachers = True
+    learns_labels = True
 
     @staticmethod
     def check(config: Config) -> None:
@@ -32,20 +37,27 @@ class DDPP:
         """
         if config.distill.winograd not in (0, *winograd.TILES):
             raise UserError(f"--winograd must be 0, 2 or 4, got {config.distill.winograd}")
-        bound, span, epochs = config.distill.max_start_epoch, config.distill.teacher_span, config.teachers.epochs
+        settings, epochs = config.distill, config.teachers.epochs
+        bound, span = settings.max_start_epoch, settings.teacher_span
         if bound - 1 + span > epochs:
             raise UserError(
                 f"--max-start-epoch {bound} with --teacher-span {span} reaches epoch {bound - 1 + span}, but the "
                 f"teachers have {epochs}. Lower one of them or give --teachers-epochs more."
             )
+        first = settings.first_max_start_epoch or bound
+        if not settings.min_start_epoch < first <= bound:
+            raise UserError(
+                f"start epochs are drawn from --min-start-epoch {settings.min_start_epoch} to below "
+                f"--first-max-start-epoch {first}, later --max-start-epoch {bound}: they must grow in this order"
+            )
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.epsilon: float | None = problem.config.distill.epsilon
+        self.distance = self._distance()
         name = "auto" if problem.config.run.use_fused_kernels else "autograd"
         self.step = provider(problem.network, name, tile=problem.config.distill.winograd)
 
-    def update(self, synthetic: Synthetic, step: int) -> Update:
+    def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
         settings, problem = self.problem.config.distill, self.problem
         index, epoch = self._draw_start(step)
         start, target = problem.teachers[index].rows(epoch, epoch + settings.teacher_span)
@@ -59,20 +71,31 @@ class DDPP:
             synthetic.step_size,
             batches,
             self._draw_plans([len(b) for b in batches], synthetic.images, step),
-            self.epsilon,
-            settings.engine,
+            engine=settings.engine,
             fused=problem.config.run.use_fused_kernels,
             step=self.step,
             checkpoint_every=settings.keep_every,
+            distance=self.distance,
+            nearest_step=settings.nearest_step,
         )
         kept = result.kept / len(start)
-        return Update(result.loss, result.images, result.lr, kept, {"teacher": index, "start": epoch})
+        return Update(result.loss, result.images, result.lr, kept, {"teacher": index, "start": epoch}, result.labels)
+
+    def _distance(self) -> Distance:
+        config = self.problem.config
+        return pruning.distance(
+            config.distill.prune,
+            flat.layout(self.problem.network),
+            epsilon=config.distill.epsilon,
+            share=config.distill.prune_share,
+            fused=config.run.use_fused_kernels,
+        )
 
     def _draw_start(self, step: int) -> tuple[int, int]:
         seed, count = self.problem.config.run.seed, len(self.problem.teachers)
         order = torch.randperm(count, generator=seeds.generator(seed, "teachers", step // count))
-        bound = self.problem.config.distill.max_start_epoch
-        epoch = torch.randint(bound, (), generator=seeds.generator(seed, "start epoch", step))
+        low, bound = self.problem.config.distill.min_start_epoch, start_bound(self.problem.config.distill, step)
+        epoch = torch.randint(low, bound, (), generator=seeds.generator(seed, "start epoch", step))
         return int(order[step % count]), int(epoch)
 
     def _draw_batches(self, images: int, step: int) -> list[Tensor]:
@@ -96,3 +119,9 @@ class DDPP:
             generator=seeds.generator(self.problem.config.run.seed, "augment", step),
         ).to(self.problem.device)
         return [plan[:size] for plan, size in zip(plans, sizes, strict=True)]
+
+
+def start_bound(settings: DistillConfig, step: int) -> int:
+    """The bound below which start epochs are drawn at an outer step; it grows linearly (DATM, arXiv 2310.05773)."""
+    last, first = settings.max_start_epoch, settings.first_max_start_epoch
+    return last if first is None else min(last, first + (last - first) * step // settings.window_steps)

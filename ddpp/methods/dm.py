@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddpp import augment, models, seeds
 from ddpp.config import Config
-from ddpp.methods import METHODS, Problem, Update
+from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.ops import dsa_augment
 from ddpp.synthetic import Synthetic
 
@@ -22,6 +22,7 @@ class DM:
     """
 
     needs_teachers = False
+    learns_labels = False
 
     @staticmethod
     def check(config: Config) -> None:
@@ -32,7 +33,7 @@ class DM:
         labels = problem.dataset.train_labels
         self.members = [torch.nonzero(labels == k).flatten() for k in range(len(problem.dataset.classes))]
 
-    def update(self, synthetic: Synthetic, step: int) -> Update:
+    def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
         problem, seed = self.problem, self.problem.config.run.seed
         dataset = problem.dataset
         network = models.build(

@@ -19,6 +19,7 @@ class Forgetting:
     """
 
     needs_teachers = False
+    learns_labels = False
 
     @staticmethod
     def check(config: Config) -> None:

@@ -15,6 +15,7 @@ class Herding:
     """The next image of a class is the one that brings the mean of those chosen nearest to the mean of all."""
 
     needs_teachers = False
+    learns_labels = False
 
     @staticmethod
     def check(config: Config) -> None:

@@ -15,6 +15,7 @@ class KCenter:
     """The greedy rule: first the image nearest to the class's mean, then always the one farthest from all chosen."""
 
     needs_teachers = False
+    learns_labels = False
 
     @staticmethod
     def check(config: Config) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from ddpp.methods import METHODS, Problem
+from ddpp import pruning
+from ddpp.methods import METHODS
 from ddpp.methods.ddpp import DDPP
+from ddpp.pruning import Distance
 
 
 @METHODS.register("mtt")
 class MTT(DDPP):
     """DDPP that prunes nothing."""
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem)
-        self.epsilon = None
+    def _distance(self) -> Distance:
+        return pruning.distance("none", (), fused=self.problem.config.run.use_fused_kernels)

@@ -1,0 +1,32 @@
+"""Random real images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddpp import seeds
+from ddpp.config import Config
+from ddpp.methods import METHODS, Problem
+from ddpp.methods._real import choose_by_class
+
+
+@METHODS.register("random")
+class Random:
+    """One draw for the run; the baseline beside every method draws anew for each network."""
+
+    needs_teachers = False
+    learns_labels = False
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Every configuration suits."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def choose(self) -> Tensor:
+        settings, draw = self.problem.config, seeds.generator(self.problem.config.run.seed, "random selection")
+        return choose_by_class(
+            self.problem.dataset, settings.distill.ipc, lambda members: torch.randperm(len(members), generator=draw)
+        )

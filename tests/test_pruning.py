@@ -1,0 +1,76 @@
+"""Every rule of pruning against a loop over the parameters."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpp.errors import UserError
+from ddpp.pruning import RULES, distance, keep_by_difference, keep_deep
+
+LAYOUT = (("a.weight", (4, 2)), ("a.bias", (4,)), ("b.weight", (3,)), ("c.weight", (2, 4)), ("c.bias", (2,)))
+SIZE = 25
+
+
+@pytest.fixture
+def vectors() -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    student, target, start = torch.randn(3, SIZE, generator=draw, dtype=torch.float64)
+    return student, target, start
+
+
+def kept_by_loop(rule: str, student: Tensor, target: Tensor, share: float) -> list[bool]:
+    pairs = [(float(s), float(t)) for s, t in zip(student, target, strict=True)]
+    if rule == "none":
+        return [True] * SIZE
+    if rule == "ratio":
+        return [s / t >= 0.1 and t / s >= 0.1 for s, t in pairs]
+    if rule == "depth":  # of three layers the first is dropped
+        return [i >= 12 for i in range(SIZE)]
+    dropped = int(share * SIZE)
+    order = sorted(range(SIZE), key=lambda i: abs(pairs[i][0] - pairs[i][1]), reverse=rule == "difference")
+    return [i not in order[:dropped] for i in range(SIZE)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_loss_gradient_and_count(rule: str, vectors: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, target, start = vectors
+    keep = kept_by_loop(rule, student, target, 0.4)
+    far = sum(float(s - t) ** 2 for s, t, k in zip(student, target, keep, strict=True) if k)
+    span = sum(float(s - t) ** 2 for s, t, k in zip(start, target, keep, strict=True) if k)
+    leaf = student.clone().requires_grad_()
+    loss, kept = distance(rule, LAYOUT, share=0.4)(leaf, target, start)
+    assert loss.item() == pytest.approx(far / span) and int(kept) == sum(keep)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    wanted = [2 * float(s - t) / span if k else 0.0 for s, t, k in zip(student, target, keep, strict=True)]
+    torch.testing.assert_close(gradient, torch.tensor(wanted, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rule", ["difference", "lowest", "depth"])
+def test_nothing_to_match_is_degenerate_not_nan(rule: str, vectors: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, target, _ = vectors
+    leaf = student.clone().requires_grad_()
+    loss, kept = distance(rule, LAYOUT)(leaf, target, target)
+    assert int(kept) == 0 and math.isfinite(loss.item())
+    assert bool(torch.isfinite(torch.autograd.grad(loss, leaf)[0]).all())
+
+
+def test_a_share_of_nothing_keeps_all(vectors: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, target, _ = vectors
+    assert bool(keep_deep(LAYOUT, 0.0).all())
+    assert bool(keep_by_difference(student, target, 0.0, furthest=True).all())
+
+
+def test_divergence_shows(vectors: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, target, start = vectors
+    student[3] = torch.nan
+    for rule in ("difference", "lowest"):
+        assert math.isnan(distance(rule, LAYOUT, share=0.5)(student, target, start)[0].item()), rule
+
+
+def test_wrong_rules_are_named() -> None:
+    with pytest.raises(UserError, match="unknown pruning rule 'ratios'; did you mean 'ratio'"):
+        distance("ratios", LAYOUT)
+    with pytest.raises(UserError, match=r"at least 0 and below 1, got 1\.0"):
+        distance("lowest", LAYOUT, share=1.0)
