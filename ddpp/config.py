@@ -148,7 +148,12 @@ class EvaluateConfig:
     batch: int = option(256, "Images in a batch.", low=1)
     full_epochs: int = option(30, "Epochs on all real images for the upper bound; 0 leaves it out.", low=0)
     full_lr: float = option(0.01, "Learning rate on all real images.", low=0)
-    select: str = option("final", "Which snapshot is reported.", choices=("final", "val", "test"))
+    select: str = option(
+        "final",
+        "Which snapshot is reported: the last, the best on held-out or on test images, or all three side by side.",
+        choices=("final", "val", "test", "all"),
+    )
+    search_lr: bool = option(False, "Also report at the best of five learning rates, beside the learned step size.")
 
 
 @dataclass(frozen=True)

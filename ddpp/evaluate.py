@@ -25,6 +25,8 @@ from ddpp.errors import UserError
 from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
+RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # searched, as DD-Ranking does (arXiv 2505.13300)
+
 
 class Scores(NamedTuple):
     """Accuracies of one trained network, in percent."""
@@ -74,17 +76,19 @@ class Evaluation:
             rows.append(self.network(model, chosen.images, chosen.labels, recipe, "random", n))
         return rows
 
-    def distilled(self, model: str, candidates: list[Synthetic]) -> tuple[list[Scores], int]:
-        """Networks on each candidate; the scores of the one that ``select`` prefers, and its index."""
-        tried = [
-            [
-                self.network(model, c.images, c.labels, self.recipe(c), "distilled", n)
-                for n in range(self.config.evaluate.networks)
-            ]
-            for c in candidates
-        ]
-        best = max(range(len(tried)), key=lambda i: statistics.fmean(self._preference(s) for s in tried[i]))
-        return tried[best], best
+    def distilled(self, model: str, trained_on: Synthetic, recipe: Recipe) -> list[Scores]:
+        """Networks on a synthetic set."""
+        images, labels = trained_on.images, trained_on.labels
+        numbers = range(self.config.evaluate.networks)
+        return [self.network(model, images, labels, recipe, "distilled", n) for n in numbers]
+
+    def searched(self, model: str, trained_on: Synthetic) -> Recipe:
+        """The recipe at the rate of :data:`RATES` with which one network does best."""
+        epochs, tried = self.config.evaluate.epochs, {}
+        for lr in RATES:
+            recipe = self._recipe(epochs, lr)
+            tried[lr] = self.network(model, trained_on.images, trained_on.labels, recipe, "search", 0)
+        return self._recipe(epochs, max(RATES, key=lambda lr: _preference(tried[lr])))
 
     def full(self, model: str) -> list[Scores]:
         """All real training images."""
@@ -109,9 +113,10 @@ class Evaluation:
             decay=True,
         )
 
-    def _preference(self, scores: Scores) -> float:
-        held_out = self.config.evaluate.select == "val"
-        return scores.val if held_out and scores.val is not None else scores.test
+
+def _preference(scores: Scores) -> float:
+    """On held-out images if there are any."""
+    return scores.test if scores.val is None else scores.val
 
 
 def check(config: Config, dataset: Dataset) -> None:
@@ -135,40 +140,69 @@ def compare(
     Returns:
         ``accuracy`` of the first architecture and ``models`` of all: for each of ``random``, the method's name and
         ``full`` the ``mean`` and ``std`` (ddof 1) over ``networks``, the accuracies of the single networks, all in
-        percent; and ``protocol``, which says what was selected and how.
+        percent; and ``protocol``, which says what was selected and how. With ``select`` "all" the method's name stands
+        for the last step, and beside it ``<method>/val`` and ``<method>/test`` for the snapshots that were best there;
+        with ``search_lr`` there are ``<method>/searched`` and ``random/searched``.
 
     Raises:
         UserError: what :func:`check` refuses, or a missing snapshot.
     """
     check(config, dataset)
     settings = config.evaluate
-    steps, candidates = _candidates(folder, settings.select)
+    candidates = _candidates(folder, settings.select)
     names = settings.models or (config.model.model,)
-    trained = len(names) * settings.networks * (len(candidates) + 1 + bool(settings.full_epochs))
-    tables: dict[str, dict[str, Any]] = {}
+    sets = len(candidates) + 1 + bool(settings.full_epochs) + 2 * settings.search_lr
+    trained = len(names) * (settings.networks * sets + settings.search_lr * len(RATES))
     with tqdm(total=trained, desc="evaluate", unit="network") as progress:
         evaluation = Evaluation(config, dataset, groups, device, progress)
-        for model in names:
-            scores, best = evaluation.distilled(model, candidates)
-            recipe = evaluation.recipe(candidates[best])
-            tables[model] = {
-                "random": _summary(evaluation.random(model, config.distill.ipc, recipe)),  # a run of random replaces it
-                config.distill.method: {**_summary(scores), "step": steps[best], "lr": recipe.lr},
-                "full": _summary(evaluation.full(model)) if settings.full_epochs else None,
-            }
+        tables = {model: _table(evaluation, model, candidates) for model in names}
     protocol = {"select": settings.select, "networks": settings.networks, "ddof": 1, "epochs": settings.epochs}
+    if settings.search_lr:
+        protocol["searched_on"] = "held-out" if len(dataset.val_labels) else "test"
     return {"accuracy": next(iter(tables.values())), "models": tables, "protocol": protocol}
 
 
-def _candidates(folder: Path, select: str) -> tuple[list[int], list[Synthetic]]:
-    """The snapshots to choose from, with their steps; the result alone if nothing is selected."""
+def _table(evaluation: Evaluation, model: str, candidates: list[tuple[int, Synthetic]]) -> dict[str, Any]:
+    """The figures of one architecture by condition."""
+    settings, ipc = evaluation.config.evaluate, evaluation.config.distill.ipc
+    method = evaluation.config.distill.method
+    table: dict[str, Any] = {}
+    tried = [evaluation.distilled(model, held, evaluation.recipe(held)) for _, held in candidates]
+
+    def entry(index: int) -> dict[str, Any]:
+        step, held = candidates[index]
+        return {**_summary(tried[index]), "step": step, "lr": evaluation.recipe(held).lr}
+
+    best = {part: max(range(len(tried)), key=lambda i: _mean(tried[i], part)) for part in ("val", "test")}
+    best["final"] = best["all"] = len(tried) - 1
+    chosen = candidates[best[settings.select]][1]
+    recipe = evaluation.recipe(chosen)
+    table["random"] = _summary(evaluation.random(model, ipc, recipe))
+    table[method] = entry(best[settings.select])
+    if settings.select == "all":
+        parts = ("val", "test") if len(evaluation.dataset.val_labels) else ("test",)
+        table |= {f"{method}/{part}": entry(best[part]) for part in parts}
+    if settings.search_lr:
+        recipe = evaluation.searched(model, chosen)
+        table["random/searched"] = _summary(evaluation.random(model, ipc, recipe))
+        table[f"{method}/searched"] = {**_summary(evaluation.distilled(model, chosen, recipe)), "lr": recipe.lr}
+    table["full"] = _summary(evaluation.full(model)) if settings.full_epochs else None
+    return table
+
+
+def _mean(scores: list[Scores], part: str) -> float:
+    return statistics.fmean(s.val if part == "val" and s.val is not None else s.test for s in scores)
+
+
+def _candidates(folder: Path, select: str) -> list[tuple[int, Synthetic]]:
+    """The snapshots to choose from behind their steps, the last one last; the result alone if nothing is selected."""
     result, meta = synthetic.load(folder / "synthetic.safetensors")
     if select == "final":
-        return [int(meta["steps"])], [result]
+        return [(int(meta["steps"]), result)]
     loaded = [synthetic.load(path) for path in sorted((folder / "snapshots").glob("step-*.safetensors"))]
     if not loaded:
         raise UserError(f"--select {select} needs snapshots, and {folder}/snapshots holds none")
-    return [int(meta["step"]) for _, meta in loaded], [candidate for candidate, _ in loaded]
+    return [(int(found["step"]), candidate) for candidate, found in loaded]
 
 
 def _summary(scores: list[Scores]) -> dict[str, Any]:

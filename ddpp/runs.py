@@ -192,20 +192,28 @@ def unused_folder(base: Path) -> Path:
 def accuracy_table(results: dict[str, Any]) -> str:
     """Test accuracy in percent, mean and standard deviation, as a Markdown table with its protocol."""
     tables, protocol = results["models"], results["protocol"]
-    names = {"random": "random real images", "full": "all real data"}
     rows = [f"| trained on | {' | '.join(tables)} |", "|---" * (len(tables) + 1) + "|"]
     for condition in results["accuracy"]:
         cells = [_cell(table[condition]) for table in tables.values()]
-        rows.append(f"| {names.get(condition, condition)} | {' | '.join(cells)} |")
+        rows.append(f"| {_named(condition)} | {' | '.join(cells)} |")
     chosen = {
         "final": "the last outer step",
         "val": "the snapshot best on held-out training images",
         "test": "the snapshot best on the test images themselves, as papers often do: too high",
+        "all": "the last outer step where nothing else is said",
     }[protocol["select"]]
     return "\n".join(rows) + (
         f"\n\nTest accuracy in percent, mean ± standard deviation (ddof {protocol['ddof']}) over "
         f"{protocol['networks']} networks trained from scratch; synthetic images of {chosen}."
     )
+
+
+def _named(condition: str) -> str:
+    """A condition in words."""
+    trained_on, _, chosen = condition.partition("/")
+    name = {"random": "random real images", "full": "all real data"}.get(trained_on, trained_on)
+    how = {"val": "best on held-out", "test": "best on test, as papers do: too high", "searched": "searched rate"}
+    return f"{name} ({how[chosen]})" if chosen else name
 
 
 def _cell(figures: dict[str, Any] | None) -> str:

@@ -225,6 +225,19 @@ def test_evaluate_says_what_it_selected(select: str, finished: Path, capsys: pyt
     assert text in capsys.readouterr().out
 
 
+def test_protocols_stand_side_by_side(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(finished), "--networks", "2", "--epochs", "2", "--full-epochs", "0", "--select", "all", "--search-lr"]
+    assert evaluate.main(argv) == 0
+    results = json.loads((finished / "evaluation.json").read_text())
+    table = results["accuracy"]
+    rows = {"random", "ddpp", "ddpp/val", "ddpp/test", "random/searched", "ddpp/searched", "full"}
+    assert set(table) == rows and table["ddpp"]["step"] == 6
+    assert table["ddpp/test"]["mean"] >= max(table["ddpp"]["mean"], table["ddpp/val"]["mean"])
+    assert table["ddpp/searched"]["lr"] in evaluate.RATES and results["protocol"]["searched_on"] == "held-out"
+    shown = capsys.readouterr().out
+    assert "ddpp (searched rate)" in shown and "ddpp (best on test, as papers do: too high)" in shown
+
+
 def test_report_is_made_from_files_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "images.png").read_bytes()
     (finished / "images.png").unlink()
