@@ -12,6 +12,7 @@ STAGES = {
     "distill": "distil a data set (trains missing teachers first, evaluates at the end)",
     "evaluate": "train networks on a distilled set and test them",
     "report": "write a run's pictures and tables anew",
+    "reproduce": "run the paper's tables: every method, beside the published figures",
     "profile": "where the time and memory of an outer step go",
     "info": "what was built and which backend each op uses here",
 }

@@ -178,7 +178,8 @@ def _table(evaluation: Evaluation, model: str, candidates: list[tuple[int, Synth
     chosen = candidates[best[settings.select]][1]
     recipe = evaluation.recipe(chosen)
     table["random"] = _summary(evaluation.random(model, ipc, recipe))
-    table[method] = entry(best[settings.select])
+    if method != "random":  # the spread of random images is that of the draw, not that of networks on one draw
+        table[method] = entry(best[settings.select])
     if settings.select == "all":
         parts = ("val", "test") if len(evaluation.dataset.val_labels) else ("test",)
         table |= {f"{method}/{part}": entry(best[part]) for part in parts}

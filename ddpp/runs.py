@@ -195,7 +195,7 @@ def accuracy_table(results: dict[str, Any]) -> str:
     rows = [f"| trained on | {' | '.join(tables)} |", "|---" * (len(tables) + 1) + "|"]
     for condition in results["accuracy"]:
         cells = [_cell(table[condition]) for table in tables.values()]
-        rows.append(f"| {_named(condition)} | {' | '.join(cells)} |")
+        rows.append(f"| {condition_name(condition)} | {' | '.join(cells)} |")
     chosen = {
         "final": "the last outer step",
         "val": "the snapshot best on held-out training images",
@@ -208,7 +208,7 @@ def accuracy_table(results: dict[str, Any]) -> str:
     )
 
 
-def _named(condition: str) -> str:
+def condition_name(condition: str) -> str:
     """A condition in words."""
     trained_on, _, chosen = condition.partition("/")
     name = {"random": "random real images", "full": "all real data"}.get(trained_on, trained_on)

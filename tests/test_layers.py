@@ -32,6 +32,7 @@ LEVELS: dict[str, float] = {
     "profile": 5,
     "info": 5,
     "distill": 6,
+    "reproduce": 6.5,
     "__main__": 7,
 }
 MAY_IMPORT_THEIR_OWN_LEVEL = {0}
@@ -40,7 +41,7 @@ HOMES = {
     "torchvision": {"data"},
     "sklearn": {"data"},
     "PIL": {"data"},
-    "matplotlib": {"report", "profile"},
+    "matplotlib": {"report", "profile", "reproduce"},
     "safetensors": {"runs", "trajectories"},
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

@@ -13,7 +13,7 @@ from ddpp.methods._real import choose_by_class
 
 @METHODS.register("random")
 class Random:
-    """One draw for the run; the baseline beside every method draws anew for each network."""
+    """One draw is the run's file; its figures, like those beside every method, are over a draw for each network."""
 
     needs_teachers = False
     learns_labels = False

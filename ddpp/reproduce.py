@@ -1,0 +1,334 @@
+"""STAGE 5: the tables of the paper (DDPP, arXiv 2209.14609), every method distilled and evaluated alike.
+
+``python -m ddpp.reproduce table1 --budget quick --out runs/table1``
+
+A cell is a run folder of :mod:`ddpp.distill`. A finished one is kept, a cut one resumed, a missing one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from ddpp import cli, distill, runs
+from ddpp import config as configuration
+from ddpp.config import Config
+from ddpp.errors import UserError
+from ddpp.methods import METHODS
+
+ARCHITECTURES = ("convnet", "alexnet", "vgg11", "resnet18")
+QUICK = {  # by images per class, over the method's quick preset: one run is a minute or two on two cores
+    1: {"evaluate": {"epochs": 300}},
+    10: {"distill": {"batch": 25, "steps": 100}, "evaluate": {"epochs": 100}},
+    50: {"distill": {"batch": 50, "steps": 60}, "evaluate": {"epochs": 40}},
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a target shows."""
+
+    title: str
+    methods: tuple[str, ...]
+    ipcs: tuple[int, ...]
+    architectures: tuple[str, ...] = ()
+
+
+TARGETS = {
+    "table1": Table("Test accuracy by images per class", tuple(METHODS.names()), (1, 10, 50)),
+    "table3": Table("Test accuracy on other architectures", ("dsa", "mtt", "ddpp"), (10,), ARCHITECTURES),
+    "figure2": Table("Images distilled with MTT and DDPP", ("mtt", "ddpp"), (1,)),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the table."""
+
+    method: str
+    ipc: int
+    folder: Path
+    full: bool  # also trained on all real data, which is the same for all
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        path = self.folder / "results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def reproduce(target: Table, cells: Sequence[Cell], config: Config, budget: str, given: Sequence[str]) -> list[str]:
+    """Runs what is missing. A run that fails does not stop the others.
+
+    Returns:
+        What failed, one line each.
+    """
+    failed, began, missing = [], time.perf_counter(), [cell for cell in cells if cell.results is None]
+    for done, cell in enumerate(missing):
+        left = (time.perf_counter() - began) / done * (len(missing) - done) if done else None
+        remaining = "" if left is None else f", about {left / 60:.0f} min left"
+        print(f"\n[{done + 1}/{len(missing)}] {cell.method}, {cell.ipc} images per class{remaining}", flush=True)
+        if code := distill.main(_arguments_of(target, cell, config, budget, given)):
+            if code >= 128:
+                raise runs.Stopped(f"stopped in {cell.folder}; the same command continues", code - 128)
+            failed.append(f"{cell.method}, {cell.ipc} images per class: exit code {code}, see above")
+    return failed
+
+
+def _arguments_of(target: Table, cell: Cell, config: Config, budget: str, given: Sequence[str]) -> list[str]:
+    """The command line of :mod:`ddpp.distill`."""
+    if (cell.folder / "checkpoint.safetensors").is_file():
+        return ["--out", str(cell.folder), "--resume"]
+    values = _preset(cell, config, budget)
+    values.setdefault("distill", {}).update(method=cell.method, ipc=cell.ipc)
+    if budget == "quick":
+        for section, table in QUICK.get(cell.ipc, {}).items():
+            values.setdefault(section, {}).update(table)
+        values.setdefault("evaluate", {}).update({} if cell.full else {"full_epochs": 0})
+    if target.architectures:
+        values.setdefault("evaluate", {}).update(models=list(target.architectures), search_lr=True)
+    merged = Config().with_values(values, f"{cell.method}, {cell.ipc} images per class")
+    cell.folder.parent.mkdir(parents=True, exist_ok=True)
+    file = cell.folder.parent / f"{cell.folder.name}.toml"
+    runs.write_text(file, merged.to_toml())
+    return ["--config", str(file), *given, "--out", str(cell.folder), *_again(cell)]
+
+
+def _again(cell: Cell) -> list[str]:
+    """A run that was cut before its first checkpoint has a folder to continue in."""
+    return ["--resume"] if (cell.folder / "config.toml").is_file() else []
+
+
+def _preset(cell: Cell, config: Config, budget: str) -> dict[str, dict[str, Any]]:
+    """The settings of a cell; a selection, which has no preset, goes by those of DDPP's teachers and evaluation."""
+    dataset = config.data.dataset
+    size = "quick" if budget == "quick" else f"ipc{cell.ipc}"
+    for method in (cell.method, "ddpp"):
+        name = f"{method}-{dataset}-{size}"
+        if name in configuration.preset_names():
+            values = configuration.read_preset(name)
+            if method == cell.method:
+                return values
+            values.pop("distill")
+            return values
+    if budget == "paper":
+        raise UserError(f"no published setting for {cell.method} on {dataset} with {cell.ipc} images per class")
+    return {"data": {"dataset": dataset}}
+
+
+def write(target: Table, cells: Sequence[Cell], folder: Path, dataset: str, command: str) -> str:
+    """Writes ``table.md``, ``table.csv``, ``table.tex`` and ``table.png`` from the cells' results.
+
+    Returns:
+        The Markdown text.
+    """
+    columns = target.architectures or tuple(f"ipc {n}" for n in dict.fromkeys(cell.ipc for cell in cells))
+    rows = _rows(target, cells, dataset)
+    _draw(rows, columns, target.title, folder / "table.png")
+    runs.write_text(folder / "table.csv", _csv(rows, columns))
+    runs.write_text(folder / "table.tex", _latex(rows, columns))
+    text = _markdown(rows, columns, target, cells, command)
+    runs.write_text(folder / "table.md", text)
+    return text
+
+
+Figure = dict[str, Any] | None
+Row = tuple[str, list[Figure], list[str]]  # name, our figures, published ones
+
+
+def _rows(target: Table, cells: Sequence[Cell], dataset: str) -> list[Row]:
+    """One row for each method and protocol. Random images are taken from the run that its own method is."""
+    published = tomllib.loads((resources.files("ddpp") / "published.toml").read_text(encoding="utf-8"))
+    rows: list[Row] = []
+    for method in dict.fromkeys(cell.method for cell in cells):
+        own = [cell for cell in cells if cell.method == method]
+        if target.architectures:
+            theirs = published.get(f"{dataset}-architectures", {}).get(method, {})
+            found = (own[0].results or {}).get("models", {})
+            keys = [method, f"{method}/searched", "random/searched"]
+            for key in keys:
+                figures = [found.get(name, {}).get(key) for name in target.architectures]
+                shown = [theirs.get(name, "") if key == method else "" for name in target.architectures]
+                rows.append((_with(method, key), figures, shown))
+            continue
+        theirs = published.get(dataset, {}).get(method, {})
+        tables = [(cell.results or {}).get("accuracy", {}) for cell in own]
+        rows.append((method, [t.get(method) for t in tables], [theirs.get(str(cell.ipc), "") for cell in own]))
+        habit = f"{method}/test"
+        if any(habit in t for t in tables):
+            rows.append((runs.condition_name(habit), [t.get(habit) for t in tables], [""] * len(own)))
+    if not target.architectures:
+        first = next((cell for cell in cells if (cell.results or {}).get("accuracy", {}).get("full")), None)
+        if first and first.results:
+            count = len({cell.ipc for cell in cells})
+            rows.append(("all real data", [first.results["accuracy"]["full"]] * count, [""] * count))
+    return rows
+
+
+def _with(method: str, condition: str) -> str:
+    name = runs.condition_name(condition)
+    return f"{name} beside {method}" if condition.startswith("random") else name
+
+
+def _markdown(rows: list[Row], columns: Sequence[str], target: Table, cells: Sequence[Cell], command: str) -> str:
+    papers = any(any(shown) for _, _, shown in rows)
+    head = [f"{c} | {c}, papers" if papers else c for c in columns]
+    lines = [f"# {target.title}", "", f"| trained on | {' | '.join(head)} |"]
+    lines.append("|---" * (1 + len(columns) * (1 + papers)) + "|")
+    for name, figures, shown in rows:
+        pairs = [f"{_text(f)} | {s}" if papers else _text(f) for f, s in zip(figures, shown, strict=True)]
+        lines.append(f"| {name} | {' | '.join(pairs)} |")
+    finished = [cell.results for cell in cells if cell.results]
+    networks = finished[0]["protocol"]["networks"] if finished else 0
+    minutes = sum(sum(found["seconds"].values()) for found in finished) / 60
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Test accuracy in percent, mean ± standard deviation (ddof 1) over {networks} networks trained from "
+            "scratch, synthetic images of the last outer step unless a row says otherwise.",
+            f"{len(finished)} of {len(cells)} runs, {minutes:.0f} minutes in all: `{command}`.",
+            "",
+            "![the table](table.png)",
+            "",
+        ]
+    )
+
+
+def _text(figure: Figure) -> str:
+    return f"{figure['mean']:.1f} ± {figure['std']:.1f}" if figure else "not run"
+
+
+def _csv(rows: list[Row], columns: Sequence[str]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trained on", "column", "mean", "std", "networks", "published"])
+    for name, figures, shown in rows:
+        for column, figure, paper in zip(columns, figures, shown, strict=True):
+            ours = (figure["mean"], figure["std"], len(figure["networks"])) if figure else ("", "", "")
+            writer.writerow([name, column, *ours, paper])
+    return text.getvalue()
+
+
+def _latex(rows: list[Row], columns: Sequence[str]) -> str:
+    lines = [rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\hline"]
+    lines += [" & ".join(["", *columns]).replace("_", r"\_") + r" \\", r"\hline"]
+    for name, figures, _ in rows:
+        cells = [f"${f['mean']:.1f} \\pm {f['std']:.1f}$" if f else "--" for f in figures]
+        lines.append(" & ".join([name.replace("_", r"\_"), *cells]) + r" \\")
+    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
+
+
+def _draw(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> None:
+    """Bars of each row, grouped by column; a line a published figure."""
+    figure, axis = plt.subplots(figsize=(max(7.0, 2.2 * len(columns) + 4), 4.2), layout="constrained")
+    width = 0.85 / max(1, len(rows))
+    colours = plt.get_cmap("tab20")
+    for i, (name, figures, _) in enumerate(rows):
+        places = [column + (i - len(rows) / 2 + 0.5) * width for column in range(len(columns))]
+        means, stds = ([f[key] if f else 0.0 for f in figures] for key in ("mean", "std"))
+        axis.bar(places, means, width, yerr=stds, label=name, color=colours(i % 20), error_kw={"linewidth": 0.8})
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_ylabel("test accuracy, percent")
+    axis.set_title(title)
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
+    axis.grid(axis="y", alpha=0.3)
+    with runs.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _draw_images(cells: Sequence[Cell], path: Path) -> None:
+    """The runs' pictures above each other."""
+    figure, axes = plt.subplots(len(cells), 1, figsize=(10, 3.2 * len(cells)), layout="constrained", squeeze=False)
+    for axis, cell in zip(axes[:, 0], cells, strict=True):
+        if (cell.folder / "images.png").is_file():
+            axis.imshow(plt.imread(cell.folder / "images.png"))
+        axis.set_title(cell.method)
+        axis.set_axis_off()
+    with runs.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=160, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _run(config: Config, args: argparse.Namespace) -> None:
+    target = TARGETS[args.target]
+    methods = tuple(args.methods or target.methods)
+    for name in methods:
+        METHODS.get(name)
+    dataset = config.data.dataset
+    seed = config.run.seed
+    ipcs = tuple(args.ipc or target.ipcs)
+    folder = Path(args.out or f"runs/{args.target}-{dataset}-{args.budget}")
+    cells = [
+        Cell(
+            method, ipc, folder / f"{dataset}-{method}-ipc{ipc}-seed{seed}", full=(method, ipc) == (methods[0], ipcs[0])
+        )
+        for method in methods
+        for ipc in ipcs
+    ]
+    given = _given(config)
+    failed = reproduce(target, cells, config, args.budget, given)
+    command = f"python -m ddpp.reproduce {args.target} --budget {args.budget} {' '.join(given)}".strip()
+    print("\n" + write(target, cells, folder, dataset, command))
+    if args.target == "figure2":
+        _draw_images(cells, folder / "figure2.png")
+    print(f"written: {folder}/table.md, table.csv, table.tex, table.png")
+    if failed:
+        raise UserError("some runs failed:\n  " + "\n  ".join(failed))
+
+
+def _given(config: Config) -> list[str]:
+    """The options of data and run that differ from their defaults, as a command line."""
+    given: list[str] = []
+    for section in ("data", "run"):
+        found, usual = getattr(config, section), getattr(Config(), section)
+        for name, value in vars(found).items():
+            if value == getattr(usual, name):
+                continue
+            flag = name.replace("_", "-")
+            given += (
+                [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+            )
+    return given
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", choices=list(TARGETS), help="What to show.")
+    parser.add_argument(
+        "--budget", choices=("quick", "paper"), default="quick", help="Settings: minutes on two cores, or as published."
+    )
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="By default the target's.")
+    parser.add_argument(
+        "--ipc", nargs="+", type=_positive, metavar="N", help="Images per class (default: the target's)."
+    )
+    parser.add_argument("--out", metavar="DIR", help="Folder of the runs (default: runs/<target>-<dataset>-<budget>).")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    description = "Run what a table of the paper is missing and write the table beside the published figures."
+    return cli.run("reproduce", description, "reproduce", ("data", "run"), _run, argv, arguments=_arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The tables: what is missing is run, what is done is kept, and the papers' figures stand beside ours."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddpp import distill, reproduce, runs
+from ddpp.config import Config
+
+TINY = {
+    1: {
+        "model": {"width": 8},
+        "run": {"threads": 1},
+        "distill": {"steps": 2, "real_batch": 8},
+        "evaluate": {"epochs": 2, "networks": 2},
+    }
+}
+
+
+def figure(mean: float) -> dict[str, Any]:
+    return {"mean": mean, "std": 1.5, "networks": [mean - 1.5, mean + 1.5]}
+
+
+def finished(folder: Path, table: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    results = {"accuracy": table, "models": {"convnet": table}, "protocol": {"networks": 2}, "seconds": {"distill": 60}}
+    runs.write_json(folder / "results.json", results)
+
+
+def test_a_table_is_run_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reproduce, "QUICK", TINY)
+    argv = ["table1", "--methods", "random", "dm", "--ipc", "1", "--out", str(tmp_path)]
+    assert reproduce.main(argv) == 0
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:] == [
+        "random",
+        "dm",
+        "all real data",
+    ]
+    assert "2 of 2 runs" in (tmp_path / "table.md").read_text() and (tmp_path / "table.png").stat().st_size > 1000
+    with open(tmp_path / "table.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    results = json.loads((tmp_path / "digits-dm-ipc1-seed0" / "results.json").read_text())
+    assert float(rows[1]["mean"]) == results["accuracy"]["dm"]["mean"] and rows[1]["networks"] == "2"
+    assert results["accuracy"]["full"] is None  # once a table is enough
+    monkeypatch.setattr(distill, "main", lambda argv: pytest.fail("it is there"))
+    assert reproduce.main(argv) == 0
+    capsys.readouterr()
+
+
+def test_published_figures_stand_beside(tmp_path: Path) -> None:
+    cells = [reproduce.Cell("ddpp", n, tmp_path / f"ipc{n}", full=False) for n in (1, 10)]
+    finished(cells[0].folder, {"random": figure(14), "ddpp": figure(45.25), "full": None, "ddpp/test": figure(46)})
+    text = reproduce.write(reproduce.TARGETS["table1"], cells, tmp_path, "cifar10", "command")
+    assert "| ddpp | 45.2 ± 1.5 | 46.4 ± 0.6 | not run | 65.5 ± 0.3 |" in text
+    assert "| ddpp (best on test, as papers do: too high) | 46.0 ± 1.5 |  | not run |  |" in text
+    assert r"ddpp & $45.2 \pm 1.5$ & -- \\" in (tmp_path / "table.tex").read_text()
+
+
+def test_other_architectures_with_both_rates(tmp_path: Path) -> None:
+    cell = reproduce.Cell("mtt", 10, tmp_path / "run", full=False)
+    finished(cell.folder, {"random": figure(20), "mtt": figure(60), "mtt/searched": figure(62), "full": None})
+    text = reproduce.write(reproduce.TARGETS["table3"], [cell], tmp_path, "cifar10", "command")
+    assert "| mtt | 60.0 ± 1.5 | 64.3 ± 0.7 | not run | 34.2 ± 2.6 |" in text
+    assert "| mtt (searched rate) | 62.0 ± 1.5 |" in text
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: list[str]) -> int:
+        out = Path(argv[argv.index("--out") + 1])
+        if "herding" in out.name:
+            return 2
+        finished(out, {"random": figure(10), "full": figure(90)})
+        return 0
+
+    monkeypatch.setattr(distill, "main", main)
+    argv = ["table1", "--methods", "herding", "random", "--ipc", "1", "--out", str(tmp_path)]
+    assert reproduce.main(argv) == 2
+    assert "herding, 1 images per class: exit code 2" in capsys.readouterr().err
+    assert "| herding | not run |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["table1", "--methods", "herdin"], "unknown method 'herdin'; did you mean 'herding'"),
+        (["table1", "--budget", "paper", "--methods", "dm"], "no published setting for dm on digits"),
+        (["table9"], "invalid choice: 'table9'"),
+    ],
+)
+def test_wrong_requests_are_named(
+    argv: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = reproduce.main([*argv, "--out", str(tmp_path)])
+    except SystemExit as stop:
+        code = int(str(stop.code))
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_every_quick_preset_is_a_cell() -> None:
+    for method in ("dc", "dsa", "dm", "mtt", "ddpp"):
+        cell = reproduce.Cell(method, 1, Path("absent"), full=False)
+        for dataset in ("digits", "folder"):
+            values = reproduce._preset(
+                cell, reproduce.Config().with_values({"data": {"dataset": dataset}}, ""), "quick"
+            )
+            assert values["distill"]["method"] == method
