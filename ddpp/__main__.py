@@ -13,6 +13,9 @@ STAGES = {
     "evaluate": "train networks on a distilled set and test them",
     "report": "write a run's pictures and tables anew",
     "reproduce": "run the paper's tables: every method, beside the published figures",
+    "compare": "two sets of runs against each other, with the interval of the difference",
+    "continual": "learn classes group by group with a distilled memory",
+    "search": "rank networks on a distilled set",
     "profile": "where the time and memory of an outer step go",
     "info": "what was built and which backend each op uses here",
 }

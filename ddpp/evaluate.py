@@ -217,10 +217,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     dataset = data.load(config.data)
     folder = Path(args.folder)
     _, meta = synthetic.load(folder / "synthetic.safetensors")
-    if meta["fingerprint"] != dataset.fingerprint:
-        raise UserError(
-            f"{folder} was distilled from other data than {config.data.dataset} in {config.data.data_root} holds now"
-        )
+    runs.check_same_data(folder, meta, dataset.fingerprint)
     results = compare(config, dataset, folder, augment.groups_for(config.augment.strategy, dataset.strategy), device)
     runs.write_json(folder / "evaluation.json", results)
     print(runs.accuracy_table(results))

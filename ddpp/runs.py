@@ -189,6 +189,16 @@ def unused_folder(base: Path) -> Path:
     return path
 
 
+def check_same_data(folder: Path, meta: dict[str, Any], fingerprint: str) -> None:
+    """Refuses a run whose synthetic set came from other data.
+
+    Raises:
+        UserError: it did.
+    """
+    if meta["fingerprint"] != fingerprint:
+        raise UserError(f"{folder} was distilled from other data than its data set holds now; check --data-root")
+
+
 def accuracy_table(results: dict[str, Any]) -> str:
     """Test accuracy in percent, mean and standard deviation, as a Markdown table with its protocol."""
     tables, protocol = results["models"], results["protocol"]

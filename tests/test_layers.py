@@ -24,11 +24,15 @@ LEVELS: dict[str, float] = {
     "trajectories": 3,
     "unroll": 3,
     "training": 3,
+    "scores": 3,
     "synthetic": 3.5,  # may ask teachers
     "methods": 4,
     "teachers": 5,
     "evaluate": 5,
     "report": 5,
+    "compare": 5,
+    "continual": 5,
+    "search": 5,
     "profile": 5,
     "info": 5,
     "distill": 6,
@@ -41,7 +45,7 @@ HOMES = {
     "torchvision": {"data"},
     "sklearn": {"data"},
     "PIL": {"data"},
-    "matplotlib": {"report", "profile", "reproduce"},
+    "matplotlib": {"report", "profile", "reproduce", "continual", "search"},
     "safetensors": {"runs", "trajectories"},
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

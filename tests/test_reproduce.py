@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from ddpp import distill, reproduce, runs
-from ddpp.config import Config
 
 TINY = {
     1: {

@@ -1,0 +1,200 @@
+"""STAGE 5: class-incremental learning with a distilled memory, beside herding and random real images.
+
+``python -m ddpp.continual RUN --steps 5``. Classes arrive in groups. After each group a network is trained from scratch
+on the memory of all classes so far, the same number of images of each, and tested on the test images of those classes:
+the protocol of DM (arXiv 2110.04181) after GDumb.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
+from ddpp import config as configuration
+from ddpp.config import Config
+from ddpp.data import Dataset
+from ddpp.errors import UserError
+from ddpp.methods import METHODS, Problem, Selection
+from ddpp.synthetic import Synthetic
+from ddpp.training import Recipe
+
+
+def continual(
+    config: Config, dataset: Dataset, folder: Path, steps: int, orders: int, device: torch.device
+) -> dict[str, Any]:
+    """Accuracy over the classes seen after each step, for a distilled memory, herding and random real images.
+
+    Args:
+        folder: the run whose synthetic set is the memory.
+        steps: groups of classes, of sizes that differ by one at most.
+        orders: random orders of the classes, one network each.
+
+    Returns:
+        ``classes``: how many are seen after each step; ``accuracy``: for the run's method, ``herding`` and ``random``
+        a list of ``mean``, ``std`` (ddof 1) and ``networks`` by step, in percent.
+
+    Raises:
+        UserError: more steps than classes, or soft labels, which spread over classes that are not there yet.
+    """
+    classes = len(dataset.classes)
+    if not 2 <= steps <= classes:
+        raise UserError(f"--steps must be between 2 and the {classes} classes, got {steps}")
+    distilled, _ = synthetic.load(folder / "synthetic.safetensors")
+    if distilled.labels.is_floating_point():
+        raise UserError(f"{folder} has soft labels, which speak of classes that have not come yet; distil hard ones")
+    groups = augment.groups_for(config.augment.strategy, dataset.strategy)
+    memories = {config.distill.method: [distilled] * orders, **_real(config, dataset, groups, orders, device)}
+    ends = [classes * (k + 1) // steps for k in range(steps)]
+    accuracy: dict[str, list[list[float]]] = {name: [[] for _ in ends] for name in memories}
+    with tqdm(total=len(memories) * orders * steps, desc="continual", unit="network") as progress:
+        for n in range(orders):
+            order = torch.randperm(classes, generator=seeds.generator(config.run.seed, "class order", n))
+            for name, held in memories.items():
+                recipe = _recipe(config, float(distilled.step_size))
+                for step, end in enumerate(ends):
+                    found = _network(config, dataset, held[n], order[:end], recipe, groups, device, n)
+                    accuracy[name][step].append(found)
+                    progress.update()
+    return {
+        "classes": ends,
+        "orders": orders,
+        "accuracy": {name: [_summary(networks) for networks in found] for name, found in accuracy.items()},
+    }
+
+
+def _real(
+    config: Config, dataset: Dataset, groups: tuple[str, ...], orders: int, device: torch.device
+) -> dict[str, list[Synthetic]]:
+    """Memories of as many real images: herding's, and another random draw for each order."""
+    network = models.build(config.model, dataset.shape, len(dataset.classes), seed=config.run.seed).to(device)
+    selection = METHODS.get("herding")(Problem(config, dataset, network, [], groups, device))
+    assert isinstance(selection, Selection)
+    index, ipc = selection.choose(), config.distill.ipc
+    herd = Synthetic(dataset.train_images[index], dataset.train_labels[index], torch.zeros(()))
+    seed = config.run.seed
+    draws = [synthetic.real_images(dataset, ipc, "continual", n, seed=seed) for n in range(orders)]
+    return {"herding": [herd] * orders, "random": draws}
+
+
+def _recipe(config: Config, step_size: float) -> Recipe:
+    settings = config.evaluate
+    lr = settings.lr if settings.lr is not None else step_size
+    return Recipe(settings.epochs, lr, settings.momentum, settings.weight_decay, settings.batch, decay=True)
+
+
+def _network(
+    config: Config,
+    dataset: Dataset,
+    memory: Synthetic,
+    seen: Tensor,
+    recipe: Recipe,
+    groups: tuple[str, ...],
+    device: torch.device,
+    number: int,
+) -> float:
+    """Accuracy of one network that was trained on the memory of the classes seen, over those classes."""
+    seed = seeds.derive(config.run.seed, "continual network", number, len(seen))
+    network = models.build(config.model, dataset.shape, len(seen), seed=seed)
+    images, labels = _of_classes(memory.images, memory.labels, seen)
+    training.fit(
+        network,
+        images,
+        labels,
+        recipe,
+        seed=seed,
+        device=device,
+        groups=groups,
+        mode=config.augment.mode,
+        fused=config.run.use_fused_kernels,
+    )
+    images, labels = _of_classes(dataset.test_images, dataset.test_labels, seen)
+    return training.accuracy(network, images, labels, device=device)
+
+
+def _of_classes(images: Tensor, labels: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The images of some classes, labelled by the classes' places in ``seen``."""
+    matches = labels[:, None] == seen.to(labels.device)  # [N, classes]
+    inside = matches.any(1)
+    return images[inside], matches[inside].int().argmax(1)
+
+
+def _summary(networks: list[float]) -> dict[str, Any]:
+    spread = statistics.stdev(networks) if len(networks) > 1 else 0.0
+    return {"mean": statistics.fmean(networks), "std": spread, "networks": networks}
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, steps in result["accuracy"].items():
+        means, stds = [s["mean"] for s in steps], [s["std"] for s in steps]
+        axis.errorbar(result["classes"], means, stds, marker="o", capsize=3, label=name)
+    axis.set_xlabel("classes seen")
+    axis.set_ylabel("test accuracy over them, percent")
+    axis.grid(alpha=0.3)
+    axis.legend(title="memory")
+    with runs.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [f"| memory | {' | '.join(f'{n} classes' for n in result['classes'])} |"]
+    lines.append("|---" * (len(result["classes"]) + 1) + "|")
+    for name, steps in result["accuracy"].items():
+        cells = [f"{figures['mean']:.1f} ± {figures['std']:.1f}" for figures in steps]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Test accuracy over the classes seen in percent, mean ± standard deviation (ddof 1) over "
+            f"{result['orders']} orders of the classes, a network each.",
+        ]
+    )
+
+
+def _run(config: Config, args: argparse.Namespace) -> None:
+    folder = Path(args.folder)
+    config = replace(config, evaluate=replace(config.evaluate, models=()))
+    dataset = data.load(config.data)
+    runs.check_same_data(folder, synthetic.load(folder / "synthetic.safetensors")[1], dataset.fingerprint)
+    result = continual(config, dataset, folder, args.steps, args.orders, cli.device(config))
+    runs.write_json(folder / "continual.json", result)
+    _draw(result, folder / "continual.png")
+    print(_table(result))
+    print(f"\nwritten: {folder}/continual.json, continual.png")
+
+
+def _saved(args: argparse.Namespace) -> Config:
+    return configuration.load(Path(args.folder) / "config.toml")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="Run folder of ddpp.distill, whose synthetic set is the memory.")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="Groups in which the classes come.")
+    parser.add_argument("--orders", type=int, default=5, metavar="N", help="Random orders of the classes.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    description = "Learn classes group by group with a distilled memory, beside herding and random real images."
+    return cli.run(
+        "continual", description, "evaluate", ("evaluate", "run"), _run, argv, arguments=_arguments, base=_saved
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""STAGE 5: ranks ConvNets by training on a distilled set, and says how well that ranks them as all real data does.
+
+``python -m ddpp.search RUN``. The grid is depth x width x norm x activation x pooling, as in FTD (arXiv 2211.11004) and
+DC (arXiv 2006.05929). Networks that are done stand in ``search.json``: a search that was cut goes on there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
+from ddpp import config as configuration
+from ddpp.config import Config, ModelConfig
+from ddpp.data import Dataset
+from ddpp.errors import UserError
+from ddpp.training import Recipe
+
+PROXIES = ("distilled", "random", "full")
+_OPTIONS = ("depth", "width", "norm", "activation", "pooling")
+
+
+def grid(
+    base: ModelConfig,
+    dataset: Dataset,
+    depths: Sequence[int],
+    widths: Sequence[int],
+    norms: Sequence[str],
+    activations: Sequence[str],
+    poolings: Sequence[str],
+) -> list[ModelConfig]:
+    """All combinations; those whose poolings the image has no room for are refused.
+
+    Raises:
+        UserError: a network that cannot be built, or fewer than three in all.
+    """
+    found = [
+        replace(base, model="convnet", depth=depth, width=width, norm=norm, activation=activation, pooling=pooling)
+        for depth, width, norm, activation, pooling in itertools.product(depths, widths, norms, activations, poolings)
+    ]
+    if len(found) < 3:
+        raise UserError(f"a ranking needs three networks or more, the grid has {len(found)}")
+    for model in found:
+        models.build(model, dataset.shape, len(dataset.classes), seed=0)
+    return found
+
+
+def search(
+    config: Config, dataset: Dataset, folder: Path, candidates: Sequence[ModelConfig], device: torch.device
+) -> dict[str, Any]:
+    """Trains every candidate on the distilled set, on as many random real images and on all real images.
+
+    Returns:
+        ``networks``: for each its options and for each of :data:`PROXIES` ``accuracy`` in percent and ``seconds``;
+        ``rank_correlation``: Spearman's, of the distilled set's and of random images' accuracies with those of all real
+        images; ``best``: the accuracy on all real images of the candidate that each proxy ranks first.
+    """
+    distilled, _ = synthetic.load(folder / "synthetic.safetensors")
+    random = synthetic.real_images(dataset, config.distill.ipc, "search", seed=config.run.seed)
+    settings = config.evaluate
+    lr = settings.lr if settings.lr is not None else float(distilled.step_size)
+    few = Recipe(settings.epochs, lr, settings.momentum, settings.weight_decay, settings.batch, decay=True)
+    many = replace(few, epochs=settings.full_epochs, lr=settings.full_lr)
+    sets = {
+        "distilled": (distilled.images, distilled.labels, few),
+        "random": (random.images, random.labels, few),
+        "full": (dataset.train_images, dataset.train_labels, many),
+    }
+    path = folder / "search.json"
+    done = _begun(path, candidates, settings)
+    left = len(candidates) - len(done)
+    with runs.Interruption() as interruption, tqdm(total=left, desc="search", unit="network") as progress:
+        for model in candidates[len(done) :]:
+            row: dict[str, Any] = {"model": _options(model)}
+            for proxy, (images, labels, recipe) in sets.items():
+                row[proxy] = _trained(config, dataset, model, images, labels, recipe, device)
+            done.append(row)
+            runs.write_json(path, {"protocol": _protocol(settings), "networks": done})
+            progress.update()
+            if interruption.signal is not None:
+                raise runs.Stopped(f"stopped after {len(done)} of {len(candidates)} networks", interruption.signal)
+    result = {"protocol": _protocol(settings), "networks": done, **_summary(done)}
+    runs.write_json(path, result)
+    return result
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's rank correlation, equal values sharing their mean rank; 0 where one side does not vary."""
+    ranks = [_ranks(np.asarray(values, dtype=float)) for values in (first, second)]
+    centred = [r - r.mean() for r in ranks]
+    scale = float(np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
+    return float((centred[0] * centred[1]).sum()) / scale if scale else 0.0
+
+
+def _ranks(values: Any) -> Any:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return (last - (count - 1) / 2)[place]
+
+
+def _trained(
+    config: Config,
+    dataset: Dataset,
+    model: ModelConfig,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+) -> dict[str, float]:
+    """Test accuracy of one network and the seconds of its training."""
+    seed = seeds.derive(config.run.seed, "search network", json.dumps(_options(model)))
+    network = models.build(model, dataset.shape, len(dataset.classes), seed=seed)
+    began = time.perf_counter()
+    training.fit(
+        network,
+        images,
+        labels,
+        recipe,
+        seed=seed,
+        device=device,
+        groups=augment.groups_for(config.augment.strategy, dataset.strategy),
+        mode=config.augment.mode,
+        fused=config.run.use_fused_kernels,
+    )
+    seconds = time.perf_counter() - began
+    found = training.accuracy(network, dataset.test_images, dataset.test_labels, device=device)
+    return {"accuracy": found, "seconds": seconds}
+
+
+def _summary(done: list[dict[str, Any]]) -> dict[str, Any]:
+    accuracy = {proxy: [row[proxy]["accuracy"] for row in done] for proxy in PROXIES}
+    first = {proxy: max(range(len(done)), key=lambda i: accuracy[proxy][i]) for proxy in PROXIES}
+    return {
+        "rank_correlation": {p: spearman(accuracy[p], accuracy["full"]) for p in ("distilled", "random")},
+        "best": {proxy: {"accuracy": accuracy["full"][i], "model": done[i]["model"]} for proxy, i in first.items()},
+        "seconds": {proxy: sum(row[proxy]["seconds"] for row in done) for proxy in PROXIES},
+    }
+
+
+def _begun(path: Path, candidates: Sequence[ModelConfig], settings: Any) -> list[dict[str, Any]]:
+    """What an earlier search of the same networks by the same recipe has done."""
+    if not path.is_file():
+        return []
+    held = json.loads(path.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = held["networks"]
+    same = all(row["model"] == _options(model) for row, model in zip(rows, candidates, strict=False))
+    if held["protocol"] != _protocol(settings) or not same or len(rows) > len(candidates):
+        return []
+    return rows
+
+
+def _protocol(settings: Any) -> dict[str, Any]:
+    names = ("epochs", "lr", "momentum", "weight_decay", "batch", "full_epochs", "full_lr")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _options(model: ModelConfig) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in _OPTIONS}
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    """Accuracy on all real images over that on each proxy."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    full = [row["full"]["accuracy"] for row in result["networks"]]
+    for axis, proxy in zip(axes, ("distilled", "random"), strict=True):
+        axis.scatter([row[proxy]["accuracy"] for row in result["networks"]], full, s=14)
+        axis.set_xlabel(f"trained on {proxy} images, percent")
+        axis.set_title(f"rank correlation {result['rank_correlation'][proxy]:.2f}")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("trained on all real images, percent")
+    with runs.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = ["| ranked by | rank correlation | its best network, trained on all | seconds |", "|---|---|---|---|"]
+    for proxy in PROXIES:
+        correlation = result["rank_correlation"].get(proxy, 1.0)
+        best, seconds = result["best"][proxy], result["seconds"][proxy]
+        words = " ".join(f"{name} {value}" for name, value in best["model"].items())
+        lines.append(f"| {proxy} | {correlation:.2f} | {best['accuracy']:.1f} % ({words}) | {seconds:.0f} |")
+    return "\n".join([*lines, "", f"{len(result['networks'])} networks, one training each."])
+
+
+def _run(config: Config, args: argparse.Namespace) -> None:
+    folder = Path(args.folder)
+    dataset = data.load(config.data)
+    runs.check_same_data(folder, synthetic.load(folder / "synthetic.safetensors")[1], dataset.fingerprint)
+    usual = models.describe(replace(config.model, model="convnet", depth=None), dataset.shape)["depth"]
+    depths = args.depths or [usual - 1, usual]
+    candidates = grid(config.model, dataset, depths, args.widths, args.norm, args.activation, args.pooling)
+    result = search(config, dataset, folder, candidates, cli.device(config))
+    _draw(result, folder / "search.png")
+    print(_table(result))
+    print(f"\nwritten: {folder}/search.json, search.png")
+
+
+def _saved(args: argparse.Namespace) -> Config:
+    return configuration.load(Path(args.folder) / "config.toml")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="Run folder of ddpp.distill.")
+    parser.add_argument("--depths", nargs="+", type=int, metavar="N", help="By default what suits the image's size.")
+    parser.add_argument("--widths", nargs="+", type=int, default=[32, 64], metavar="N")
+    parser.add_argument("--norm", nargs="+", default=["none", "instance", "layer"], metavar="NAME")
+    parser.add_argument("--activation", nargs="+", default=["relu", "sigmoid"], metavar="NAME")
+    parser.add_argument("--pooling", nargs="+", default=["avg", "max"], metavar="NAME")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    description = "Rank a grid of ConvNets on a distilled set and compare the ranking with that of all real data."
+    return cli.run(
+        "search", description, "evaluate", ("evaluate", "run"), _run, argv, arguments=_arguments, base=_saved
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""Scores against the worked example, paired differences, continual learning and architecture search at toy size."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpp import compare, continual, distill, scores, search
+from ddpp.errors import UserError
+
+TOY = [
+    *("--method", "dm", "--width", "8", "--threads", "1", "--real-batch", "16", "--lr-pixels", "1", "--steps", "2"),
+    *("--evaluate-networks", "3", "--evaluate-epochs", "3", "--evaluate-full-epochs", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "dm"
+    assert distill.main([*TOY, "--out", str(folder)]) == 0
+    return folder
+
+
+def lrs(own: float, random: float = 0.31, full: float = 0.848) -> float:
+    return scores.label_robust_score(full_hard=full, synthetic_hard=own, synthetic=own, random=random)
+
+
+def test_the_label_robust_score_of_the_worked_example() -> None:
+    """CIFAR-10, 10 images a class: all data 84.8, random 31.0, three methods."""
+    assert [round(lrs(own), 4) for own in (0.655, 0.653, 0.674)] == [0.3025, 0.3016, 0.3113]
+    assert round(lrs(0.5, 0.5, 0.5), 4) == 0.2689
+
+
+def test_the_augmentation_robust_score() -> None:
+    none = scores.augmentation_robust_score(synthetic=0.3, random=0.3, synthetic_plain=0.2, random_plain=0.2)
+    better = scores.augmentation_robust_score(synthetic=0.6, random=0.3, synthetic_plain=0.2, random_plain=0.2)
+    assert round(none, 4) == 0.2689
+    assert better == pytest.approx((math.exp(0.15) - math.exp(-1)) / (math.e - math.exp(-1)))
+
+
+def test_percent_is_not_taken_for_a_fraction() -> None:
+    with pytest.raises(UserError, match=r"synthetic_hard must be a fraction .* 65\.5; that looks like percent"):
+        lrs(65.5)
+
+
+def test_the_paired_difference_has_students_interval() -> None:
+    found = scores.paired_difference([10, 20, 30], [12, 21, 33])
+    assert found.mean == 2 and found.pairs == 3
+    assert found.margin == pytest.approx(4.303 * 1.0 / 3**0.5)
+    with pytest.raises(UserError, match="two or more pairs"):
+        scores.paired_difference([1], [2])
+
+
+def changed(finished: Path, to: Path, section: str, key: str, value: object) -> Path:
+    shutil.copytree(finished, to)
+    results = json.loads((to / "results.json").read_text())
+    results["config"][section][key] = value
+    (to / "results.json").write_text(json.dumps(results))
+    return to
+
+
+def test_two_runs_are_compared_network_by_network(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    results = json.loads((other / "results.json").read_text())
+    found = results["models"]["convnet"]["dm"]
+    found["networks"] = [n + 3 for n in found["networks"]]
+    (other / "results.json").write_text(json.dumps(results))
+    argv = ["--first", str(finished), "--second", str(other), "--json", str(tmp_path / "c.json")]
+    assert compare.main(argv) == 0
+    difference = json.loads((tmp_path / "c.json").read_text())["difference"]["convnet"]
+    assert difference["mean"] == pytest.approx(3) and difference["margin"] == pytest.approx(0, abs=1e-9)
+    assert "| convnet | +3.00 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("distill", "ipc", 10, "1 and 10 images per class"),
+        ("evaluate", "epochs", 7, "evaluate.epochs is 3 and 7"),
+        ("run", "seed", 5, "paired by seed"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(
+    finished: Path,
+    tmp_path: Path,
+    section: str,
+    key: str,
+    value: object,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = changed(finished, tmp_path / "other", section, key, value)
+    assert compare.main(["--first", str(finished), "--second", str(other)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_continual_learning_with_three_memories(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(finished), "--steps", "3", "--orders", "2", "--epochs", "3"]
+    assert continual.main(argv) == 0
+    result = json.loads((finished / "continual.json").read_text())
+    assert result["classes"] == [3, 6, 10] and set(result["accuracy"]) == {"dm", "herding", "random"}
+    assert all(len(step["networks"]) == 2 for steps in result["accuracy"].values() for step in steps)
+    assert (finished / "continual.png").stat().st_size > 1000
+    assert "| dm |" in capsys.readouterr().out
+    assert continual.main([str(finished), "--steps", "11"]) == 2
+
+
+def test_only_the_classes_seen_are_learned_and_tested() -> None:
+    images, labels = torch.arange(6.0)[:, None, None, None], torch.tensor([0, 1, 2, 2, 1, 0])
+    kept, places = continual._of_classes(images, labels, torch.tensor([2, 0]))
+    assert kept.flatten().tolist() == [0, 2, 3, 5] and places.tolist() == [1, 0, 0, 1]
+
+
+def test_rank_correlation() -> None:
+    assert search.spearman([1, 2, 3, 4], [10, 20, 30, 45]) == pytest.approx(1)
+    assert search.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert search.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.8660254)
+    assert search.spearman([1, 1, 1], [1, 2, 3]) == 0
+
+
+def test_a_search_ranks_and_goes_on_where_it_was_cut(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(finished), "--widths", "4", "8", "--norm", "instance", "none", "--activation", "relu"]
+    argv += ["--pooling", "avg", "--depths", "2", "--epochs", "2", "--full-epochs", "1"]
+    assert search.main(argv) == 0
+    result = json.loads((finished / "search.json").read_text())
+    assert len(result["networks"]) == 4 and -1 <= result["rank_correlation"]["distilled"] <= 1
+    held = {"protocol": result["protocol"], "networks": result["networks"][:3]}
+    (finished / "search.json").write_text(json.dumps(held))
+    trained = []
+    plain = search._trained
+    monkeypatch.setattr(search, "_trained", lambda *a: (trained.append(a[2]), plain(*a))[1])
+    assert search.main(argv) == 0
+    assert len(trained) == 3  # one network on three sets
+    again = json.loads((finished / "search.json").read_text())
+    assert [row["full"]["accuracy"] for row in again["networks"]] == [
+        row["full"]["accuracy"] for row in result["networks"]
+    ]
+    assert "ranked by" in capsys.readouterr().out
+    assert search.main([str(finished), "--depths", "9"]) == 2
+    assert "depth" in capsys.readouterr().err
