@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +21,11 @@ from ddpp.errors import UserError
 
 WEIGHT_VARIANCE = 2.0
 BIAS_VARIANCE = 0.01  # above 0: else a blank patch has no angle to another
-KINDS = ("fc", "conv")
+KINDS = ("fc", "conv", "conv-gap")
 
 _COINCIDENT = 1e-13  # cosines this close to 1 or -1 are rounding
 _BLOCK_BYTES = 2**28
-_NUMBERS_KEPT = 12  # for each pair of images, position and layer, until the backward pass
+_NUMBERS_KEPT = 24  # for each pair of images, position and layer, with the backward pass; 20 to 30 measured
 
 
 class Kernels(NamedTuple):
@@ -39,12 +40,13 @@ class WideNetwork:
     """A ReLU network of infinite width with one output.
 
     Attributes:
-        kind: ``"fc"``, fully connected on the flattened image; or ``"conv"``, 3x3 convolutions padded with zeros,
-            without pooling, then flattened.
+        kind: ``"fc"``, fully connected on the flattened image; ``"conv"``, 3x3 convolutions padded with zeros, then
+            flattened; or ``"conv-gap"``, the same with the mean over all positions (global average pooling) in place of
+            flattening.
         depth: layers before the output layer, each with a ReLU; at least 1.
 
-    Without pooling an output position sees a pair of images at equal positions only. So covariances of n and m images
-    are kept as [n, m, H, W] and not as [n, m, H * W, H * W].
+    Flattened, a position of one image meets only the same position of the other, in every layer below as well. So
+    covariances of n and m images are [n, m, H, W]; pooling mixes positions and needs all pairs, [n, m, H, W, H, W].
 
     Raises:
         UserError: another kind, or a depth below 1.
@@ -59,15 +61,24 @@ class WideNetwork:
         if self.depth < 1:
             raise UserError(f"depth must be at least 1, got {self.depth}")
 
+    def memory(self, count: int, shape: tuple[int, ...]) -> int:
+        """Bytes that one image's kernel with ``count`` others takes until its derivative is computed.
+
+        Args:
+            count: images [count, C, H, W] in a row of the kernel.
+            shape: C, H and W of an image.
+        """
+        positions = math.prod(shape[1:])
+        pairs = {"fc": 1, "conv": positions, "conv-gap": positions**2}[self.kind]
+        return count * pairs * self.depth * _NUMBERS_KEPT * torch.float64.itemsize
+
     def ntk(self, first: Tensor, second: Tensor) -> Tensor:
         """Tangent kernel of images [n, C, H, W] and [m, C, H, W], in float64. [n, m]
 
         Computed in blocks of the first images; with gradients a block is computed again in the backward pass, so memory
         does not grow with n. Differentiable; see :meth:`kernels`.
         """
-        positions = 1 if self.kind == "fc" else first[0, 0].numel()
-        row = len(second) * positions * self.depth * _NUMBERS_KEPT * 8
-        blocks = first.split(max(1, _BLOCK_BYTES // row))
+        blocks = first.split(max(1, _BLOCK_BYTES // self.memory(len(second), first.shape[1:])))
         if len(blocks) == 1:
             return self.kernels(first, second).ntk
         return torch.cat([checkpoint(self._ntk, block, second, use_reentrant=False) for block in blocks])
@@ -81,17 +92,22 @@ class WideNetwork:
         if self.kind == "fc":
             first, second = (x.flatten(1)[:, :, None, None] for x in (first, second))
         first, second = first.double(), second.double()
-        nngp = self._layer(torch.einsum("nchw,mchw->nmhw", first, second) / first.shape[1])  # [n, m, H, W]
+        nngp = self._layer(self._pairs(first, second, "c") / first.shape[1])  # [n, m, H, W] or [n, m, H, W, H, W]
         ntk = nngp
-        variances = [self._layer(x.square().mean(1)) for x in (first, second)]  # [n, H, W], [m, H, W]
+        one, other = (self._layer(x.square().mean(1)) for x in (first, second))  # variances [n, H, W], [m, H, W]
         for _ in range(self.depth - 1):
-            active, slopes = _relu(nngp, *variances)
+            active, slopes = _relu(nngp, self._pairs(one, other).sqrt())
             nngp = self._layer(active)
             ntk = nngp + WEIGHT_VARIANCE * self._neighbours(slopes * ntk)
-            variances = [self._layer(v / 2) for v in variances]
-        active, slopes = _relu(nngp, *variances)
-        nngp = WEIGHT_VARIANCE * active.mean((2, 3)) + BIAS_VARIANCE
-        return Kernels(nngp, nngp + WEIGHT_VARIANCE * (slopes * ntk).mean((2, 3)))
+            one, other = self._layer(one / 2), self._layer(other / 2)
+        active, slopes = _relu(nngp, self._pairs(one, other).sqrt())
+        nngp = WEIGHT_VARIANCE * active.flatten(2).mean(2) + BIAS_VARIANCE
+        return Kernels(nngp, nngp + WEIGHT_VARIANCE * (slopes * ntk).flatten(2).mean(2))
+
+    def _pairs(self, first: Tensor, second: Tensor, channels: str = "") -> Tensor:
+        """Products of images at the positions that meet, summed over channels. [n, m, H, W] or [n, m, H, W, H, W]"""
+        other, both = ("ij", "hwij") if self.kind == "conv-gap" else ("hw", "hw")
+        return torch.einsum(f"n{channels}hw,m{channels}{other}->nm{both}", first, second)
 
     def _ntk(self, first: Tensor, second: Tensor) -> Tensor:
         return self.kernels(first, second).ntk
@@ -102,18 +118,21 @@ class WideNetwork:
 
     def _neighbours(self, x: Tensor) -> Tensor:
         """Mean over what a position's filter sees, zeros beyond the border. [..., H, W]"""
-        return x if self.kind == "fc" else F.avg_pool2d(x, 3, stride=1, padding=1)
+        if self.kind == "fc":
+            return x
+        return _neighbours_of_pairs(x) if x.dim() == 6 else F.avg_pool2d(x, 3, stride=1, padding=1)
 
 
-def _relu(covariance: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """E[relu(u) relu(v)] and E[relu'(u) relu'(v)] of normal u, v with a covariance and their variances.
+def _neighbours_of_pairs(x: Tensor) -> Tensor:
+    """Mean over pairs of positions shifted together, zeros beyond the border. [n, m, H, W, H, W]"""
+    height, width = x.shape[-2:]
+    padded = F.pad(x, (1,) * 8)
+    shifts = [(slice(a, a + height), slice(b, b + width)) for a in range(3) for b in range(3)]
+    return reduce(torch.add, (padded[..., *shift, *shift] for shift in shifts)) / 9
 
-    Args:
-        covariance: of u and v. [n, m, H, W]
-        first: variances of u. [n, H, W]
-        second: variances of v. [m, H, W]
-    """
-    scale = (first[:, None] * second[None]).sqrt()  # [n, m, H, W]
+
+def _relu(covariance: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """E[relu(u) relu(v)] and E[relu'(u) relu'(v)] of normal u, v by their covariance and product of deviations."""
     cosine = covariance / scale
     return scale * _Ramps.apply(cosine), _steps(cosine)
 

@@ -8,6 +8,7 @@ import torch
 
 from ddpp import config, data, distill, models, runs, seeds, synthetic
 from ddpp.config import Config, DistillConfig, ModelConfig
+from ddpp.errors import UserError
 from ddpp.methods import METHODS, Problem, kip
 from ddpp.ntk import WideNetwork
 
@@ -96,6 +97,16 @@ def test_the_regression_knows_what_it_was_fitted_to(problem: Problem) -> None:
     assert kip.accuracy_of_krr(WideNetwork("conv", 2), held, held.images, held.labels, 1e-6) == 100
     wrong = (held.labels + 1) % 10
     assert kip.accuracy_of_krr(WideNetwork("conv", 2), held, held.images, wrong, 1e-6) == 0
+
+
+def test_pooling_that_does_not_fit_is_refused(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of digits 64 * 64 pairs of positions, 20 images, 2 layers, 24 numbers of 8 bytes: 30 MiB."""
+    settings = replace(SETTINGS, distill=replace(SETTINGS.distill, kip_kernel="conv-gap"))
+    pooled = replace(problem, config=settings)
+    METHODS.get("kip")(pooled)
+    monkeypatch.setattr(kip, "_memory", lambda device: 2**20)
+    with pytest.raises(UserError, match=r"conv-gap needs 0\.0 GiB for one real image and 20 synthetic ones of 1x8x8"):
+        METHODS.get("kip")(pooled)
 
 
 def test_numbers_that_are_not_finite_come_back(problem: Problem) -> None:

@@ -26,18 +26,18 @@ class Finite(torch.nn.Module):
         self.kind = kind
         draw = torch.Generator().manual_seed(seed)
         channels, height, width_in = shape
-        filters = (3, 3) if kind == "conv" else ()
-        sizes = [channels if kind == "conv" else channels * height * width_in, *[width] * depth]
+        filters = () if kind == "fc" else (3, 3)
+        sizes = [channels * height * width_in if kind == "fc" else channels, *[width] * depth]
         shapes = [(out, fan, *filters) for fan, out in pairwise(sizes)]
         last = width * height * width_in if kind == "conv" else width
         self.weights = torch.nn.ParameterList(torch.randn(s, generator=draw) for s in [*shapes, (1, last)])
         self.biases = torch.nn.ParameterList(torch.randn(len(w), generator=draw) for w in self.weights)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.kind == "conv" else x.flatten(1)
+        x = x.flatten(1) if self.kind == "fc" else x
         for number, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             if number == len(self.weights) - 1:
-                x = x.flatten(1)
+                x = x.mean((2, 3)) if self.kind == "conv-gap" else x.flatten(1)
             weight = weight * math.sqrt(WEIGHT_VARIANCE / weight[0].numel())
             bias = bias * math.sqrt(BIAS_VARIANCE)
             x = F.conv2d(x, weight, bias, padding=1) if weight.dim() == 4 else F.linear(x, weight, bias)
@@ -53,7 +53,10 @@ def empirical_ntk(network: Finite, x: Tensor) -> Tensor:
     return flat @ flat.T
 
 
-@pytest.mark.parametrize(("kind", "depth", "width", "networks"), [("fc", 3, 2048, 8), ("conv", 2, 256, 16)])
+WIDE = [("fc", 3, 2048, 8), ("conv", 2, 256, 16), ("conv-gap", 2, 256, 64)]
+
+
+@pytest.mark.parametrize(("kind", "depth", "width", "networks"), WIDE)
 def test_wide_random_networks_have_this_kernel(kind: str, depth: int, width: int, networks: int) -> None:
     """Four standard errors of the mean over networks, and 2 % for what the width leaves."""
     x = images(4)
@@ -93,6 +96,11 @@ def test_a_convolution_averages_the_arc_cosine_kernel_of_patches() -> None:
     assert float(found) == pytest.approx(WEIGHT_VARIANCE * mean + BIAS_VARIANCE, rel=1e-12)
 
 
+def test_memory_grows_with_the_pairs_of_positions_that_meet() -> None:
+    fc, conv, pooled = (WideNetwork(kind, 3).memory(10, (3, 32, 32)) for kind in ntk.KINDS)
+    assert conv == 1024 * fc and pooled == 1024 * conv
+
+
 @pytest.mark.parametrize("kind", ntk.KINDS)
 def test_gradients(kind: str) -> None:
     network, x, y = WideNetwork(kind, 3), images(3, side=3), images(2, seed=1, side=3)
@@ -125,9 +133,9 @@ def test_an_image_with_itself() -> None:
 
 def test_opposite_signals_share_nothing() -> None:
     """Where one ReLU passes the other does not: both moments are 0 at cosine -1."""
-    variance = images(3, channels=1)[:, 0].square() + 0.1
-    covariance = -torch.einsum("nhw,mhw->nmhw", variance.sqrt(), variance.sqrt()).requires_grad_()
-    ramps, steps = ntk._relu(covariance, variance, variance)
+    scale = images(3).square() + 0.1
+    covariance = (-scale).requires_grad_()
+    ramps, steps = ntk._relu(covariance, scale)
     (gradient,) = torch.autograd.grad((ramps + steps).sum(), covariance)
     for found in (ramps, steps, gradient):
         torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-15)
@@ -146,7 +154,7 @@ def test_blocks_give_the_same_kernel_and_gradient(kind: str, monkeypatch: pytest
 
 
 def test_what_is_no_network_is_refused() -> None:
-    with pytest.raises(UserError, match="kind must be one of fc, conv, got 'pool'"):
+    with pytest.raises(UserError, match="kind must be one of fc, conv, conv-gap, got 'pool'"):
         WideNetwork("pool", 2)
     with pytest.raises(UserError, match="depth must be at least 1, got 0"):
         WideNetwork("fc", 0)

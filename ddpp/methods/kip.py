@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 from ddpp import seeds
 from ddpp.config import Config
+from ddpp.errors import UserError
 from ddpp.methods import METHODS, Problem, Update
 from ddpp.ntk import WideNetwork
 from ddpp.synthetic import Synthetic
@@ -34,6 +37,14 @@ class KIP:
         self.problem = problem
         settings = problem.config.distill
         self.network = WideNetwork(settings.kip_kernel, settings.kip_depth)
+        count = settings.ipc * len(problem.dataset.classes)
+        needed, there = self.network.memory(count, problem.dataset.shape), _memory(problem.device)
+        if needed > there:
+            raise UserError(
+                f"--kip-kernel {settings.kip_kernel} needs {needed / 2**30:.1f} GiB for one real image and {count} "
+                f"synthetic ones of {'x'.join(map(str, problem.dataset.shape))}, and {problem.device} has "
+                f"{there / 2**30:.1f} GiB. Take --kip-kernel conv or fc, a lower --ipc, --kip-depth or --image-size."
+            )
 
     def update(self, synthetic: Synthetic, step: int) -> Update:
         settings, dataset, device = self.problem.config.distill, self.problem.dataset, self.problem.device
@@ -50,6 +61,13 @@ class KIP:
         everything = torch.ones((), device=device)
         right = int((predictions.argmax(1) == labels).sum())
         return Update(loss.detach(), gradient, torch.zeros_like(synthetic.step_size), everything, {"right": right})
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of a device's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def targets(labels: Tensor, classes: int) -> Tensor:
