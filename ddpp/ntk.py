@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +81,8 @@ class WideNetwork:
         blocks = first.split(max(1, _BLOCK_BYTES // self.memory(len(second), first.shape[1:])))
         if len(blocks) == 1:
             return self.kernels(first, second).ntk
-        return torch.cat([checkpoint(self._ntk, block, second, use_reentrant=False) for block in blocks])
+        again = partial(checkpoint, self._ntk, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([again(block, second) for block in blocks])
 
     def kernels(self, first: Tensor, second: Tensor) -> Kernels:
         """Both kernels of images [n, C, H, W] and [m, C, H, W], in float64 and all at once. [n, m]

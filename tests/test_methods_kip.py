@@ -1,5 +1,6 @@
 """Kernel inducing points against a ridge regression in closed form, and through the whole job."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,17 +87,16 @@ def test_steps_improve_the_regression(problem: Problem) -> None:
     begin, end = state, state
     for step in range(40):
         end = end.moved(method.update(end.synthetic, step), SETTINGS.distill)
-    before, after = (
-        kip.accuracy_of_krr(network, s.synthetic, dataset.test_images, dataset.test_labels, 1e-6) for s in (begin, end)
-    )
+    before, after = (kip.accuracy_of_krr(network, s.synthetic, dataset, 1e-6) for s in (begin, end))
     assert after > before + 5
 
 
 def test_the_regression_knows_what_it_was_fitted_to(problem: Problem) -> None:
     held = synthetic.start(problem.dataset, 2, "real", 0.01, 0)
-    assert kip.accuracy_of_krr(WideNetwork("conv", 2), held, held.images, held.labels, 1e-6) == 100
-    wrong = (held.labels + 1) % 10
-    assert kip.accuracy_of_krr(WideNetwork("conv", 2), held, held.images, wrong, 1e-6) == 0
+    known = replace(problem.dataset, test_images=held.images, test_labels=held.labels)
+    assert kip.accuracy_of_krr(WideNetwork("conv", 2), held, known, 1e-6) == 100
+    wrong = replace(known, test_labels=(held.labels + 1) % 10)
+    assert kip.accuracy_of_krr(WideNetwork("conv", 2), held, wrong, 1e-6) == 0
 
 
 def test_pooling_that_does_not_fit_is_refused(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,6 +124,9 @@ def test_the_whole_job_and_the_same_bytes(tmp_path: Path) -> None:
     rows = runs.read_log(tmp_path / "one" / "log.jsonl")
     assert [row["outcome"] for row in rows] == ["taken"] * 4
     assert all(0 <= row["right"] <= 16 for row in rows)
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
     found, _ = synthetic.load(one)
+    dataset = data.load(config.DataConfig(dataset="digits"))
+    assert results["accuracy_of_method"] == kip.accuracy_of_krr(WideNetwork("conv", 2), found, dataset, 1e-6)
     first, _ = synthetic.load(tmp_path / "one" / "snapshots" / "step-000000.safetensors")
     assert not torch.equal(found.images, first.images)

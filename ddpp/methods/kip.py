@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddpp import seeds
 from ddpp.config import Config
+from ddpp.data import Dataset
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Problem, Update
 from ddpp.ntk import WideNetwork
@@ -62,6 +63,10 @@ class KIP:
         right = int((predictions.argmax(1) == labels).sum())
         return Update(loss.detach(), gradient, torch.zeros_like(synthetic.step_size), everything, {"right": right})
 
+    def accuracy(self, synthetic: Synthetic) -> float:
+        """Test accuracy of the regression itself, in percent."""
+        return accuracy_of_krr(self.network, synthetic, self.problem.dataset, self.problem.config.distill.kip_ridge)
+
 
 def _memory(device: torch.device) -> int:
     """Bytes of a device's memory."""
@@ -90,11 +95,10 @@ def fit(kernel: Tensor, targets: Tensor, ridge: float) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy_of_krr(network: WideNetwork, trained_on: Synthetic, images: Tensor, labels: Tensor, ridge: float) -> float:
-    """Share of images [n, C, H, W] that kernel ridge regression on a synthetic set labels right, in percent."""
-    held, classes = trained_on.images, int(trained_on.labels.max()) + 1
-    coefficients = fit(network.ntk(held, held), targets(trained_on.labels, classes), ridge)
-    answers = [
-        (network.ntk(part.to(held.device), held) @ coefficients).argmax(1).cpu() for part in images.split(_AT_ONCE)
-    ]
-    return 100 * float((torch.cat(answers) == labels).double().mean())
+def accuracy_of_krr(network: WideNetwork, trained_on: Synthetic, dataset: Dataset, ridge: float) -> float:
+    """Share of test images that kernel ridge regression on a synthetic set labels right, in percent."""
+    held = trained_on.images
+    coefficients = fit(network.ntk(held, held), targets(trained_on.labels, len(dataset.classes)), ridge)
+    parts = dataset.test_images.split(_AT_ONCE)
+    answers = [(network.ntk(part.to(held.device), held) @ coefficients).argmax(1).cpu() for part in parts]
+    return 100 * float((torch.cat(answers) == dataset.test_labels).double().mean())
