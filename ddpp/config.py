@@ -135,6 +135,14 @@ class DistillConfig:
     )
     snapshot_every: int = option(100, "Outer steps between saved snapshots, which --select chooses from.", low=1)
     checkpoint_every: int = option(50, "Outer steps between checkpoints.", low=1)
+    kip_kernel: str = option(
+        "conv",
+        "Infinitely wide network of kip: convolutional, fully connected, or convolutional with global average pooling.",
+        choices=("conv", "fc", "conv-gap"),
+    )
+    kip_depth: int = option(3, "Hidden layers of the network of kip.", low=1)
+    kip_batch: int = option(500, "Real images in an outer step of kip.", low=1)
+    kip_ridge: float = option(1e-6, "Ridge of the regression of kip, in units of the kernel's mean diagonal.", low=0)
 
 
 @dataclass(frozen=True)

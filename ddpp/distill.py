@@ -23,7 +23,7 @@ from ddpp.config import SECTIONS, Config, DistillConfig
 from ddpp.config import load as load_config
 from ddpp.data import Dataset
 from ddpp.errors import UserError
-from ddpp.methods import METHODS, Memory, Method, Problem, Selection, Update
+from ddpp.methods import METHODS, Memory, Method, Predictor, Problem, Selection, Update
 from ddpp.synthetic import Synthetic
 from ddpp.trajectories import Trajectory
 
@@ -289,6 +289,9 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     taken = state.step - state.undone - state.skipped
     results["steps"] = {"taken": taken, "undone": state.undone, "skipped": state.skipped}
     results["peak_memory_mb"] = runs.peak_memory_mb(device)
+    if isinstance(method, Predictor):
+        results["accuracy_of_method"] = method.accuracy(state.synthetic)
+        print(f"{settings.method} itself, without a network: {results['accuracy_of_method']:.1f} % of the test images")
     results["config"] = asdict(config)
     runs.write_json(folder / "results.json", results)
     report.write(folder)

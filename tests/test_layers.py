@@ -19,6 +19,7 @@ LEVELS: dict[str, float] = {
     "data": 2,
     "models": 2,
     "augment": 2,
+    "ntk": 2,
     "dual": 2.5,
     "pruning": 2.5,
     "trajectories": 3,

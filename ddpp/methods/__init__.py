@@ -64,6 +64,14 @@ class Method(Protocol):
 
 
 @runtime_checkable
+class Predictor(Protocol):
+    """A method that predicts with the synthetic images itself, without a trained network."""
+
+    def accuracy(self, synthetic: Synthetic) -> float:
+        """Its test accuracy, in percent."""
+
+
+@runtime_checkable
 class Selection(Protocol):
     """Built once for a run; what it chooses depends on the problem and the seed alone."""
 

@@ -1,0 +1,105 @@
+"""KIP: kernel inducing points (Nguyen, Chen and Lee, arXiv 2011.00050 and 2107.13034)."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ddpp import seeds
+from ddpp.config import Config
+from ddpp.data import Dataset
+from ddpp.errors import UserError
+from ddpp.methods import METHODS, Memory, Problem, Update
+from ddpp.ntk import WideNetwork
+from ddpp.synthetic import Synthetic
+
+_AT_ONCE = 500  # images
+
+
+@METHODS.register("kip")
+class KIP:
+    """At each outer step a kernel ridge regression from the synthetic images, tested on a random batch of real ones.
+
+    The kernel is the tangent kernel of an infinitely wide network, so no network is trained. The loss is half the
+    squared distance of predictions and labels (equation 7 of the first paper), mean over the batch; labels are one-hot
+    less their mean. No augmentation is drawn, and the step size is not learned: networks are evaluated at its first
+    value.
+    """
+
+    needs_teachers = False
+    learns_labels = False
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Every configuration suits."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        settings = problem.config.distill
+        self.network = WideNetwork(settings.kip_kernel, settings.kip_depth)
+        count = settings.ipc * len(problem.dataset.classes)
+        needed, there = self.network.memory(count, problem.dataset.shape), _memory(problem.device)
+        if needed > there:
+            raise UserError(
+                f"--kip-kernel {settings.kip_kernel} needs {needed / 2**30:.1f} GiB for one real image and {count} "
+                f"synthetic ones of {'x'.join(map(str, problem.dataset.shape))}, and {problem.device} has "
+                f"{there / 2**30:.1f} GiB. Take --kip-kernel conv or fc, a lower --ipc, --kip-depth or --image-size."
+            )
+
+    def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
+        settings, dataset, device = self.problem.config.distill, self.problem.dataset, self.problem.device
+        classes = len(dataset.classes)
+        draw = seeds.generator(self.problem.config.run.seed, "kip", step)
+        chosen = torch.randperm(len(dataset.train_labels), generator=draw)[: settings.kip_batch]
+        real, labels = dataset.train_images[chosen].to(device), dataset.train_labels[chosen].to(device)
+
+        images = synthetic.images.detach().requires_grad_()
+        coefficients = fit(self.network.ntk(images, images), targets(synthetic.labels, classes), settings.kip_ridge)
+        predictions = self.network.ntk(real, images) @ coefficients  # [n, K]
+        loss = (predictions - targets(labels, classes)).square().sum(1).mean() / 2
+        (gradient,) = torch.autograd.grad(loss, images)
+        everything = torch.ones((), device=device)
+        right = int((predictions.argmax(1) == labels).sum())
+        return Update(loss.detach(), gradient, torch.zeros_like(synthetic.step_size), everything, {"right": right})
+
+    def accuracy(self, synthetic: Synthetic) -> float:
+        """Test accuracy of the regression itself, in percent."""
+        return accuracy_of_krr(self.network, synthetic, self.problem.dataset, self.problem.config.distill.kip_ridge)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of a device's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def targets(labels: Tensor, classes: int) -> Tensor:
+    """One-hot labels less their mean 1 / K, in float64. [N, K]"""
+    return torch.nn.functional.one_hot(labels, classes).double() - 1 / classes
+
+
+def fit(kernel: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """Coefficients of a kernel ridge regression; predictions are kernel(x, training images) times them. [N, K]
+
+    Args:
+        kernel: of the training images with themselves. [N, N] float64
+        targets: what to predict for them. [N, K] float64
+        ridge: added to the diagonal, in units of its mean.
+
+    A singular system gives numbers that are not finite, not an error. Differentiable.
+    """
+    diagonal = ridge * kernel.diagonal().mean() * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    return torch.linalg.solve_ex(kernel + diagonal, targets).result
+
+
+@torch.no_grad()
+def accuracy_of_krr(network: WideNetwork, trained_on: Synthetic, dataset: Dataset, ridge: float) -> float:
+    """Share of test images that kernel ridge regression on a synthetic set labels right, in percent."""
+    held = trained_on.images
+    coefficients = fit(network.ntk(held, held), targets(trained_on.labels, len(dataset.classes)), ridge)
+    parts = dataset.test_images.split(_AT_ONCE)
+    answers = [(network.ntk(part.to(held.device), held) @ coefficients).argmax(1).cpu() for part in parts]
+    return 100 * float((torch.cat(answers) == dataset.test_labels).double().mean())
