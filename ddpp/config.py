@@ -147,7 +147,9 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    models: tuple[str, ...] = option((), "Architectures to train; by default the one distilled with.")
+    models: tuple[str, ...] = option(
+        (), "Architectures to train, convnet:N for width N; by default the one distilled with."
+    )
     networks: int = option(5, "Networks trained from scratch for each figure.", low=1)
     epochs: int = option(300, "Epochs on the synthetic images; the rate falls to a tenth halfway.", low=1)
     lr: float | None = option(None, "Learning rate; by default the learned step size.", low=0)

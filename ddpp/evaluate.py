@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
 from ddpp import config as configuration
-from ddpp.config import Config
+from ddpp.config import Config, ModelConfig
 from ddpp.data import Dataset
 from ddpp.errors import UserError
 from ddpp.synthetic import Synthetic
@@ -46,9 +46,8 @@ class Evaluation:
     def network(self, model: str, images: Tensor, labels: Tensor, recipe: Recipe, *key: str | int) -> Scores:
         """Trains one network from scratch and tests it."""
         seed = seeds.derive(self.config.run.seed, "evaluate", model, *key)
-        network = models.build(
-            replace(self.config.model, model=model), self.dataset.shape, len(self.dataset.classes), seed=seed
-        ).to(self.device)
+        chosen = _model(self.config, model)
+        network = models.build(chosen, self.dataset.shape, len(self.dataset.classes), seed=seed).to(self.device)
         training.fit(
             network,
             images,
@@ -127,9 +126,19 @@ def check(config: Config, dataset: Dataset) -> None:
             part.
     """
     for name in config.evaluate.models:
-        models.build(replace(config.model, model=name), dataset.shape, len(dataset.classes), seed=0)
+        models.build(_model(config, name), dataset.shape, len(dataset.classes), seed=0)
     if config.evaluate.select == "val" and not len(dataset.val_labels):
         raise UserError("--select val needs a held-out part: distil with --validation above 0")
+
+
+def _model(config: Config, name: str) -> ModelConfig:
+    """The architecture of a name such as ``vgg11``, or ``convnet:1024`` for a ConvNet of that width."""
+    model, _, width = name.partition(":")
+    if not width:
+        return replace(config.model, model=model)
+    if model != "convnet" or not width.isdigit() or int(width) < 1:
+        raise UserError(f"--models {name}: a width stands after convnet only, as in convnet:1024")
+    return replace(config.model, model=model, width=int(width))
 
 
 def compare(

@@ -225,6 +225,15 @@ def test_evaluate_says_what_it_selected(select: str, finished: Path, capsys: pyt
     assert text in capsys.readouterr().out
 
 
+def test_a_width_may_stand_behind_convnet(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(finished), "--networks", "1", "--epochs", "1", "--full-epochs", "0", "--models"]
+    assert evaluate.main([*argv, "convnet", "convnet:16"]) == 0
+    assert set(json.loads((finished / "evaluation.json").read_text())["models"]) == {"convnet", "convnet:16"}
+    for wrong in ("vgg11:64", "convnet:wide"):
+        assert evaluate.main([*argv, wrong]) == 2
+        assert f"--models {wrong}: a width stands after convnet only" in capsys.readouterr().err
+
+
 def test_protocols_stand_side_by_side(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(finished), "--networks", "2", "--epochs", "2", "--full-epochs", "0", "--select", "all", "--search-lr"]
     assert evaluate.main(argv) == 0
