@@ -116,14 +116,23 @@ class DistillConfig:
     )
     prune_share: float = option(0.25, "Share left out by difference, lowest and depth.", low=0, high=0.99)
     nearest_step: bool = option(False, "Match after the inner step that is nearest to the target, not after the last.")
-    real_batch: int = option(256, "Real images of each class in an outer step of dc, dsa and dm.", low=1)
+    real_batch: int = option(256, "Real images of each class in an outer step of dc, dsa, dm and cafe.", low=1)
     loops: int | None = option(
         None, "Outer steps of dc and dsa with one network; by default the papers' for the ipc.", low=1
     )
     loop_epochs: int | None = option(
-        None, "Epochs of that network on the synthetic images between them; by default the papers'.", low=0
+        None,
+        "Epochs of that network on the synthetic images between them, at most for cafe; by default the papers'.",
+        low=0,
     )
-    lr_network: float = option(0.01, "Learning rate of the network of dc and dsa.", low=0)
+    lr_network: float = option(0.01, "Learning rate of the network of dc, dsa and cafe.", low=0)
+    discrimination: float = option(0.1, "Weight of cafe's discrimination loss.", low=0)
+    inner_change: float = option(
+        0.03, "Cafe trains its network until an epoch changes its accuracy by less, a share.", low=0, high=1
+    )
+    outer_change: float = option(
+        0.04, "Cafe takes a fresh network where three outer steps changed its accuracy by less.", low=0, high=1
+    )
     engine: str = option(
         "adjoint",
         "How gradients are computed: constant memory, the whole graph, or TESLA's approximation.",

@@ -75,13 +75,18 @@ class DC:
         return flat.flatten(network).to(self.problem.device)
 
     def _trained(self, theta: Tensor, synthetic: Synthetic, step: int) -> Tensor:
-        """``theta`` after ``loop_epochs`` of SGD on the synthetic images. [P]"""
+        """``theta`` after ``loop_epochs`` on the synthetic images. [P]"""
         draw = seeds.generator(self.seed, "dc training", step)
         for _ in range(self.epochs):
-            for batch in torch.randperm(len(synthetic.images), generator=draw).split(_NETWORK_BATCH):
-                images = self._augmented(synthetic.images[batch], self._plan(len(batch), siamese=False, draw=draw))
-                gradient = self.step.gradient(theta, images, synthetic.labels[batch])
-                theta = theta - self.settings.lr_network * gradient
+            theta = self._epoch(theta, synthetic, draw)
+        return theta
+
+    def _epoch(self, theta: Tensor, synthetic: Synthetic, draw: torch.Generator) -> Tensor:
+        """``theta`` after an epoch of SGD. [P]"""
+        for batch in torch.randperm(len(synthetic.images), generator=draw).split(_NETWORK_BATCH):
+            images = self._augmented(synthetic.images[batch], self._plan(len(batch), siamese=False, draw=draw))
+            gradient = self.step.gradient(theta, images, synthetic.labels[batch])
+            theta = theta - self.settings.lr_network * gradient
         return theta
 
     def _plan(self, images: int, *, siamese: bool, draw: torch.Generator) -> Tensor | None:

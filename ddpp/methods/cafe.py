@@ -1,0 +1,113 @@
+"""CAFE: learning to condense a data set by aligning features (Wang et al., arXiv 2203.01531)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpp import seeds
+from ddpp.methods import METHODS, Memory, Update
+from ddpp.methods.dc import DC
+from ddpp.models import flat
+from ddpp.synthetic import Synthetic
+
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.SiLU)
+_WINDOW = 3  # outer steps over which a network must still have changed
+
+
+@METHODS.register("cafe")
+class CAFE(DC):
+    """At each outer step, class by class and layer by layer, the mean features of real and of synthetic images.
+
+    The loss is the squared distance of the means, mean over a layer's features and summed over layers and classes, plus
+    ``discrimination`` times the cross-entropy of real images classified by their products with the synthetic images'
+    mean embeddings (section 3 of the paper). The loops are dynamic: after an outer step the network is trained on the
+    synthetic images until an epoch changes its accuracy on the real images of that step by less than
+    ``inner_change``, at most for ``loop_epochs``; where the accuracy moved by less than ``outer_change`` over the last
+    three outer steps, a fresh network follows. With augmentation, of a class's real and synthetic images by one draw,
+    it is the paper's CAFE+DSA. Networks are evaluated at the first step size.
+    """
+
+    augments = True
+
+    def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
+        theta, history = memory.get("network"), memory.get("accuracy")
+        if theta is None or history is None or _settled(history, self.settings.outer_change):
+            theta, history = self._fresh(step), torch.empty(0)
+        draw = seeds.generator(self.seed, "cafe", step)
+        real, labels = self._real_batch(draw)
+        images = synthetic.images.detach().requires_grad_()
+        loss = self._loss(theta, images, synthetic.labels, real, labels, draw)
+        (gradient,) = torch.autograd.grad(loss, images)
+        theta, accuracy = self._trained_until_settled(theta, synthetic, real, labels, draw)
+        history = torch.cat([history, torch.tensor([accuracy])])[-_WINDOW:]
+        unlearned, everything = torch.zeros_like(synthetic.step_size), torch.ones((), device=images.device)
+        memory = {"network": theta, "accuracy": history}
+        return Update(loss.detach(), gradient, unlearned, everything, {}, memory=memory)
+
+    def _real_batch(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """``real_batch`` images of each class, class by class, and their labels."""
+        count, dataset = self.settings.real_batch, self.problem.dataset
+        index = torch.cat([m[torch.randperm(len(m), generator=draw)[:count]] for m in self.members])
+        device = self.problem.device
+        return dataset.train_images[index].to(device), dataset.train_labels[index].to(device)
+
+    def _loss(
+        self, theta: Tensor, images: Tensor, truth: Tensor, real: Tensor, labels: Tensor, draw: torch.Generator
+    ) -> Tensor:
+        """[]"""
+        distance = images.new_zeros(())
+        embedded, centres = [], []
+        for label in range(len(self.members)):
+            plan = self._plan(1, siamese=True, draw=draw)
+            with torch.no_grad():
+                theirs = self._features(theta, self._augmented(real[labels == label], plan))
+            ours = self._features(theta, self._augmented(images[truth == label], plan))
+            for a, b in zip(ours, theirs, strict=True):
+                distance = distance + (a.mean(0) - b.mean(0)).square().mean()
+            embedded.append(theirs[-1])
+            centres.append(ours[-1].mean(0))
+        answers = torch.cat(embedded) @ torch.stack(centres).T  # [N, K]
+        return distance + self.settings.discrimination * F.cross_entropy(answers, labels)
+
+    def _features(self, theta: Tensor, images: Tensor) -> list[Tensor]:
+        """What each activation gives, the embedding last. Each [n, F]"""
+        found: list[Tensor] = []
+        network = self.problem.network
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            found.append(output.flatten(1))
+
+        def keep_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append(inputs[0])
+
+        hooks = [m.register_forward_hook(keep) for m in network.modules() if isinstance(m, _ACTIVATIONS)]
+        hooks.append(network.get_submodule("classifier").register_forward_pre_hook(keep_input))
+        try:
+            flat.call(network, theta, images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _trained_until_settled(
+        self, theta: Tensor, synthetic: Synthetic, real: Tensor, labels: Tensor, draw: torch.Generator
+    ) -> tuple[Tensor, float]:
+        """Parameters [P] after at most ``loop_epochs``, and the share of real images they classify right."""
+        before = self._accuracy(theta, real, labels)
+        for _ in range(self.epochs):
+            theta = self._epoch(theta, synthetic, draw)
+            after = self._accuracy(theta, real, labels)
+            if abs(after - before) < self.settings.inner_change:
+                return theta, after
+            before = after
+        return theta, before
+
+    @torch.no_grad()
+    def _accuracy(self, theta: Tensor, images: Tensor, labels: Tensor) -> float:
+        return float((flat.call(self.problem.network, theta, images).argmax(1) == labels).float().mean())
+
+
+def _settled(history: Tensor, change: float) -> bool:
+    return len(history) >= _WINDOW and float(history.max() - history.min()) < change
