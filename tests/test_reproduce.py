@@ -105,7 +105,7 @@ def test_wrong_requests_are_named(
 
 
 def test_every_quick_preset_is_a_cell() -> None:
-    for method in ("dc", "dsa", "dm", "mtt", "ddpp"):
+    for method in ("dc", "dsa", "dm", "mtt", "ddpp"):  # cafe and kip have one for digits only
         cell = reproduce.Cell(method, 1, Path("absent"), full=False)
         for dataset in ("digits", "folder"):
             values = reproduce._preset(
