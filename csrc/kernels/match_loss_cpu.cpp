@@ -42,6 +42,17 @@ struct Sums {
   Mask<T> pruned{};
 };
 
+DDPP_ALWAYS_INLINE void add_square(double x, double& sum) { sum += x * x; }
+
+// The square of a float is exact in double: fused or not, the sum has the same bits.
+DDPP_ALWAYS_INLINE void add_square(float x, double& sum) {
+#if defined(DDPP_ISA_base)
+  sum += static_cast<double>(x) * static_cast<double>(x);
+#else
+  sum = __builtin_fma(x, x, sum);
+#endif
+}
+
 template <bool kPrune, class T>
 DDPP_ALWAYS_INLINE void add(const T* student, const T* target, const T* start, T epsilon,
                             Sums<T>& sums) {  // [kLanes]
@@ -60,8 +71,8 @@ DDPP_ALWAYS_INLINE void add(const T* student, const T* target, const T* start, T
     std::memcpy(span + lane, &z, sizeof z);
   }
   for (int lane = 0; lane < kLanes; ++lane) {
-    sums.numerator[lane] += static_cast<double>(far[lane]) * static_cast<double>(far[lane]);
-    sums.denominator[lane] += static_cast<double>(span[lane]) * static_cast<double>(span[lane]);
+    add_square(far[lane], sums.numerator[lane]);
+    add_square(span[lane], sums.denominator[lane]);
   }
 }
 

@@ -55,6 +55,17 @@ def ops() -> Any:
     return _current
 
 
+def function(compiled: Any, transformed: Any, plain: Any) -> Any:
+    """The form of an autograd Function for this call.
+
+    torch.compile takes no Function that has a jvp; torch.func's transforms need ``setup_context``; without both, a
+    forward that takes the context saves 20 microseconds a call.
+    """
+    if torch.compiler.is_compiling():
+        return compiled
+    return transformed if torch._C._are_functorch_transforms_active() else plain
+
+
 @contextmanager
 def using(backend: str) -> Iterator[None]:
     """Makes another backend the one in use. For tests; not thread-safe."""

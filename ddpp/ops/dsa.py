@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpp.ops._library import define, ops
+from ddpp.ops._library import define, function, ops
 
 BRIGHTNESS, SATURATION, CONTRAST = 0, 1, 2  # offset; factors around the pixel's and the image's mean
 SHIFT_Y, SHIFT_X = 3, 4  # whole pixels
@@ -77,9 +77,7 @@ def dsa_augment(images: Tensor, plan: Tensor, *, fused: bool = True) -> Tensor:
     _check(images, plan, fused)
     if not fused:
         return _fresh(reference(images, plan), images)
-    # torch.compile(fullgraph=True) refuses a Function that has a jvp.
-    function = _Augment if torch.compiler.is_compiling() else _AugmentWithJvp
-    result: Tensor = function.apply(images, plan)
+    result: Tensor = function(_Augment, _AugmentWithJvp, _AugmentWithContext).apply(images, plan)
     return result
 
 
@@ -232,15 +230,13 @@ def _adjoint_op(grad: Tensor, plan: Tensor) -> Tensor:
 # ---- derivatives ----
 
 
-def _vmap(
-    function: Any, info: Any, in_dims: tuple[int | None, ...], images: Tensor, plan: Tensor
-) -> tuple[Tensor, int]:
+def _vmap(form: Any, info: Any, in_dims: tuple[int | None, ...], images: Tensor, plan: Tensor) -> tuple[Tensor, int]:
     """Images are independent: the mapped dimension joins the batch."""
     images, plan = (
         x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
         for x, dim in zip((images, plan), in_dims, strict=True)
     )
-    result = function.apply(images.flatten(0, 1), plan.flatten(0, 1))
+    result = form.apply(images.flatten(0, 1), plan.flatten(0, 1))
     return result.unflatten(0, images.shape[:2]), 0
 
 
@@ -249,7 +245,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(grad: Tensor, plan: Tensor) -> Any:
-        return ops().dsa_adjoint(grad, plan)
+        return ops().dsa_adjoint.default(grad, plan)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -267,7 +263,7 @@ class _Adjoint(torch.autograd.Function):
 class _Augment(torch.autograd.Function):
     @staticmethod
     def forward(images: Tensor, plan: Tensor) -> Any:
-        return ops().dsa_augment(images, plan)
+        return ops().dsa_augment.default(images, plan)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -277,7 +273,7 @@ class _Augment(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         # A Function costs microseconds; nothing is recorded where gradients are off.
-        adjoint = _Adjoint.apply if torch.is_grad_enabled() else ops().dsa_adjoint
+        adjoint = _Adjoint.apply if torch.is_grad_enabled() else ops().dsa_adjoint.default
         return adjoint(grad, *ctx.saved_tensors), None
 
     @staticmethod
@@ -290,9 +286,22 @@ class _AugmentWithJvp(_Augment):
     def jvp(ctx: Any, tangent: Tensor, _: Any) -> Any:
         linear = ctx.saved_tensors[0].clone()
         linear[:, BRIGHTNESS] = 0
-        return ops().dsa_augment(tangent, linear)
+        return ops().dsa_augment.default(tangent, linear)
+
+
+class _AugmentWithContext(torch.autograd.Function):
+    """The same in the form that costs less; see :func:`ddpp.ops._library.function`."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, plan: Tensor) -> Any:
+        ctx.save_for_backward(plan)
+        ctx.save_for_forward(plan)
+        return ops().dsa_augment.default(images, plan)
+
+    backward = _Augment.backward
+    jvp = _AugmentWithJvp.jvp
 
 
 # Function.apply binds its arguments through inspect.signature at each call; a stored one saves microseconds.
-for _function in (_Adjoint, _Augment):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
+for _form in (_Adjoint, _Augment):
+    _form.forward.__signature__ = inspect.signature(_form.forward)  # type: ignore[union-attr]
