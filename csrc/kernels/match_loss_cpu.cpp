@@ -30,8 +30,8 @@ struct Partial {
 template <class T>
 DDPP_ALWAYS_INLINE void find_pruned(const Vector<T>& student, const Vector<T>& target, T epsilon,
                                     Mask<T>& pruned) {
-  const Mask<T> less = student < target;
-  const Vector<T> low = less ? student : target, high = less ? target : student;
+  // Written so that each is one instruction; with a NaN both are the target.
+  const Vector<T> low = student < target ? student : target, high = student > target ? student : target;
   pruned = ((low < epsilon * high) & (high > epsilon * low))  // one sign and far apart, or two signs,
            | ((low <= 0) & (high >= 0) & (low < high));       // also where epsilon * x underflows
 }
