@@ -139,12 +139,23 @@ def _resolve(args: argparse.Namespace, base: Config | None, own: str, sections: 
     config = base or Config()
     if args.preset:
         config = config.with_values(configuration.read_preset(args.preset), f"preset {args.preset}")
+        _check_dataset(args, config)
     if args.config:
         config = config.with_values(configuration.read_toml(args.config), args.config)
     given = [(key.split("."), value) for key, value in vars(args).items() if "." in key]
     for (section, name), value in given:
         config = config.with_values({section: {name: value}}, f"--{_flag(section, name, own)}")
     return config
+
+
+def _check_dataset(args: argparse.Namespace, preset: Config) -> None:
+    """Refuses a preset on another data set than its own; a folder may hold the same images."""
+    given, own = getattr(args, "data.dataset", None), preset.data.dataset
+    if given not in (None, own, "folder"):
+        raise UserError(
+            f"--preset {args.preset} is a setting for {own}, not for {given}: its steps and rates mean nothing there. "
+            "Leave out --dataset, or give the options you want one by one."
+        )
 
 
 def keep_pages() -> bool:
