@@ -15,8 +15,8 @@ that stay in cache: all operations but the sums of the parameters' gradients are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,32 +55,50 @@ class Convolution(Protocol):
 
 
 class _Buffers:
-    """Memory by name, as large as was ever asked for; a smaller tensor is the beginning of it."""
+    """Memory by name, as large as was ever asked for, and views of its beginning by shape.
+
+    Views are kept: making them anew in every step costs more than some of the kernels that work on them.
+    """
 
     def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
-
-    def _memory(self, name: str, like: Tensor, size: int) -> Tensor:
-        held = self._held.get(name)
-        if held is None or held.numel() < size or held.dtype != like.dtype or held.device != like.device:
-            held = self._held[name] = like.new_zeros(size)
-        return held[:size]
+        self._memory: dict[str, Tensor] = {}
+        self._views: dict[tuple[Any, ...], Tensor] = {}
 
     def megabytes(self) -> dict[str, float]:
         """What is held, by name."""
-        return {name: held.nbytes / 1e6 for name, held in self._held.items()}
+        return {name: held.nbytes / 1e6 for name, held in self._memory.items()}
 
     def rows(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """A contiguous tensor: zeros, or what was written there."""
-        return self._memory(name, like, math.prod(shape)).view(shape)
+        return self._view(name, like, shape, lambda take: take(math.prod(shape)).view(shape))
 
     def planes(self, name: str, like: Tensor, n: int, c: int, h: int, w: int) -> Tensor:
         """Channels-last planes. [N, C, H, W]"""
-        return self._memory(name, like, n * c * h * w).view(n, h, w, c).permute(0, 3, 1, 2)
+        return self._view(
+            name, like, ("planes", n, c, h, w), lambda take: take(n * c * h * w).view(n, h, w, c).permute(0, 3, 1, 2)
+        )
 
     def matrices(self, name: str, like: Tensor, m: int, rows: int, columns: int) -> Tensor:
         """A transformed tensor of :mod:`ddpp.ops.winograd`. [(m + 2)^2, rows, columns]"""
-        return winograd.transformed(m, rows, columns, lambda size: self._memory(name, like, size))
+        return self._view(
+            name, like, ("matrices", m, rows, columns), lambda take: winograd.transformed(m, rows, columns, take)
+        )
+
+    def _view(
+        self, name: str, like: Tensor, shape: tuple[Any, ...], make: Callable[[Callable[[int], Tensor]], Tensor]
+    ) -> Tensor:
+        key = name, like.dtype, like.device, shape
+        found = self._views.get(key)
+        if found is None:
+            found = self._views[key] = make(lambda size: self._take(name, like, size))
+        return found
+
+    def _take(self, name: str, like: Tensor, size: int) -> Tensor:
+        held = self._memory.get(name)
+        if held is None or held.numel() < size or held.dtype != like.dtype or held.device != like.device:
+            self._views = {key: view for key, view in self._views.items() if key[0] != name}
+            held = self._memory[name] = like.new_zeros(size)
+        return held[:size]
 
 
 class VendorConvolution:
@@ -135,88 +153,55 @@ class VendorConvolution:
 
 
 class WinogradConvolution:
-    """Through :mod:`ddpp.ops.winograd`; one zero pixel around the image."""
+    """Through :mod:`ddpp.ops.winograd`; one zero pixel around the image.
+
+    Weights are transformed where they are used: into memory that all layers share, they are in cache then.
+    """
 
     def __init__(self, m: int, buffers: _Buffers, name: str) -> None:
         self.m, self.buffers, self.name = m, buffers, name
 
     def load(self, weight: Tensor, tangent: Tensor | None) -> None:
-        self.outputs, self.inputs = weight.shape[:2]
-        self.weight = self._transform(weight, "weight")
-        self.tangent = None if tangent is None else self._transform(tangent, "tangent")
-        self.sum = self.buffers.matrices(self.name + " sum", weight, self.m, self.outputs, self.inputs)
+        self.weight, self.tangent = weight, tangent
+        self.sum = self.buffers.matrices(self.name + " sum", weight, self.m, *weight.shape[:2])
         self.begun = False
 
     def forward(self, x: Tensor) -> Tensor:
-        tiles = self._tiles_of(x)
-        products = self._matrices("out", x, tiles.shape[1], self.outputs)
-        ops().multiply_matrices.default(tiles, self.weight[0], False, False, products)
-        return self._image_of(products, x)
+        self.tiles = self._tiles(self.name + " tiles", x)
+        return self._convolve(x, self.tiles, backward=False)
 
     def backward(self, grad: Tensor) -> Tensor:
-        grads = self._grads_of(grad)
-        d_tiles = self._matrices("d_in", grad, grads.shape[1], self.inputs)
-        ops().multiply_matrices.default(grads, self.weight[1], False, False, d_tiles)
-        return self._input_gradient(d_tiles, grad)
+        self._add_to_sum(grad)
+        return self._convolve(grad, None, backward=True)
 
-    def dual(self, x: Tensor) -> Tensor:
-        assert self.tangent is not None
-        tiles = self._tiles_of(x)
-        half = tiles.shape[1] // 2
-        products = self._matrices("out", x, tiles.shape[1], self.outputs)
-        ops().multiply_matrices.default(tiles, self.weight[0], False, False, products)
-        ops().multiply_matrices.default(tiles[:, :half], self.tangent[0], False, True, products[:, half:])
-        return self._image_of(products, x)
-
-    def dual_backward(self, grad: Tensor) -> Tensor:
-        assert self.tangent is not None
-        grads = self._grads_of(grad)
-        half = grads.shape[1] // 2
-        d_tiles = self._matrices("d_in", grad, grads.shape[1], self.inputs)
-        ops().multiply_matrices.default(grads, self.weight[1], False, False, d_tiles)
-        ops().multiply_matrices.default(grads[:, half:], self.tangent[1], False, True, d_tiles[:, :half])
-        return self._input_gradient(d_tiles, grad)
+    dual, dual_backward = forward, backward
 
     def finish(self, grad_weight: Tensor) -> None:
         ops().winograd_weight_transposed.default(self.sum, self.m, grad_weight)
 
-    def _transform(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """For the products of the forward face, [., I, O], and of the backward face, [., O, I]."""
-        by_input = self._matrices(name + " by input", weight, self.inputs, self.outputs)
-        by_output = self._matrices(name + " by output", weight, self.outputs, self.inputs)
-        ops().winograd_weight.default(weight, self.m, True, by_input)
-        ops().winograd_weight.default(weight, self.m, False, by_output)
-        return by_input, by_output
-
-    def _matrices(self, name: str, like: Tensor, rows: int, columns: int) -> Tensor:
-        own = name if name in ("out", "d_in") else f"{self.name} {name}"  # what lives for a moment is shared
-        return self.buffers.matrices(own, like, self.m, rows, columns)
-
-    def _rows(self, images: Tensor) -> int:
-        down, across = winograd.tile_grid(images.shape[2], images.shape[3], self.m)
-        return len(images) * down * across
-
-    def _tiles_of(self, x: Tensor) -> Tensor:
-        self.tiles = self._matrices("in", x, self._rows(x), self.inputs)
-        ops().winograd_input.default(x, self.m, self.tiles)
-        return self.tiles
-
-    def _image_of(self, products: Tensor, x: Tensor) -> Tensor:
-        y = self.buffers.planes(self.name + " y", x, len(x), self.outputs, *x.shape[2:])
-        ops().winograd_output.default(products, self.m, y)
+    def _convolve(self, x: Tensor, tiles: Tensor | None, backward: bool) -> Tensor:
+        weight = self._transformed("weight", self.weight, backward)
+        tangent = None if self.tangent is None else self._transformed("tangent", self.tangent, backward)
+        y = self.buffers.planes(f"{self.name} {'d_x' if backward else 'y'}", x, len(x), weight.shape[2], *x.shape[2:])
+        ops().winograd_convolve.default(x, weight, tangent, backward, self.m, tiles, y)
         return y
 
-    def _grads_of(self, grad: Tensor) -> Tensor:
-        grads = self._matrices("out", grad, self._rows(grad), self.outputs)
+    def _transformed(self, name: str, weight: Tensor, backward: bool) -> Tensor:
+        outputs, inputs = weight.shape[:2]
+        rows, columns = (outputs, inputs) if backward else (inputs, outputs)
+        matrices = self.buffers.matrices(name, weight, self.m, rows, columns)
+        ops().winograd_weight.default(weight, self.m, backward, matrices)
+        return matrices
+
+    def _add_to_sum(self, grad: Tensor) -> None:
+        grads = self._tiles("grads", grad)
         ops().winograd_output_transposed.default(grad, self.m, grads)
         ops().multiply_matrices.default(grads, self.tiles, True, self.begun, self.sum)
         self.begun = True
-        return grads
 
-    def _input_gradient(self, d_tiles: Tensor, grad: Tensor) -> Tensor:
-        d_x = self.buffers.planes(self.name + " d_x", grad, len(grad), self.inputs, *grad.shape[2:])
-        ops().winograd_input_transposed.default(d_tiles, self.m, d_x)
-        return d_x
+    def _tiles(self, name: str, images: Tensor) -> Tensor:
+        down, across = winograd.tile_grid(images.shape[2], images.shape[3], self.m)
+        return self.buffers.matrices(name, images, self.m, len(images) * down * across, images.shape[1])
 
 
 class ColumnConvolution:
@@ -261,7 +246,9 @@ class ColumnConvolution:
             ops().multiply_matrices.default(
                 self._rows(part), by_output, False, accumulate, d_columns.flatten(0, 1)[None]
             )
-        return F.fold(d_columns[..., : self.taps].transpose(1, 2), self.size, 3, padding=self.padding)
+        d_x = self.buffers.rows("columns d_x", grad, *self.shape)
+        ops().images_of_columns.default(d_columns, *self.padding, d_x)
+        return d_x
 
     def finish(self, grad_weight: Tensor) -> None:
         grad_weight.flatten(1).copy_(self.sum[0, : self.taps].t())
@@ -272,14 +259,16 @@ class ColumnConvolution:
         return matrix
 
     def _lay_out(self, x: Tensor) -> None:
-        columns = F.unfold(x, 3, padding=self.padding)  # [n, taps, pixels]
-        self.size = (x.shape[2], x.shape[3])
-        self.columns = self.buffers.rows("columns", x, len(x), columns.shape[2], self.row)
-        self.columns[..., : self.taps].copy_(columns.transpose(1, 2))
+        self.shape = x.shape
+        self.columns = self.buffers.rows("columns", x, len(x), math.prod(self._sides()), self.row)
+        ops().columns_of_images.default(x.contiguous(), *self.padding, self.columns)
+
+    def _sides(self) -> tuple[int, int]:
+        height, width = (side + 2 * pad - 2 for side, pad in zip(self.shape[2:], self.padding, strict=True))
+        return height, width
 
     def _planes(self, x: Tensor, n: int) -> Tensor:
-        height, width = (side + 2 * pad - 2 for side, pad in zip(self.size, self.padding, strict=True))
-        return self.buffers.planes("columns y", x, n, self.outputs, height, width)
+        return self.buffers.planes("columns y", x, n, self.outputs, *self._sides())
 
     def _rows(self, planes: Tensor) -> Tensor:
         return planes.permute(0, 2, 3, 1).flatten(0, 2)[None]  # [1, pixels, O]

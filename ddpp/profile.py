@@ -30,7 +30,7 @@ from ddpp.unroll import Matching, Step, matching_gradients, provider
 #: What an operator's time counts as, by the beginnings of its name.
 ROOMS: dict[str, tuple[str, ...]] = {
     "products of matrices": ("ddpp::multiply_matrices", "aten::mm", "aten::addmm", "aten::bmm"),
-    "Winograd transforms": ("ddpp::winograd",),
+    "Winograd convolutions": ("ddpp::winograd",),
     "torch's convolutions": ("aten::mkldnn_conv", "aten::convolution", "aten::cudnn_conv", "aten::_slow_conv"),
     "norm, activation, pooling": (
         *("ddpp::norm_relu_pool", "aten::native_group_norm", "aten::threshold", "aten::relu", "aten::clamp"),
@@ -38,7 +38,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "augmentation": ("ddpp::dsa", "aten::grid_sampler", "aten::affine_grid"),
     "matching loss": ("ddpp::match_loss",),
-    "copies and fills": ("aten::copy_", "aten::fill_", "aten::zero_", "aten::im2col", "aten::col2im", "aten::cat"),
+    "copies and fills": (
+        "ddpp::columns",
+        "ddpp::images_of",
+        "aten::copy_",
+        "aten::fill_",
+        "aten::zero_",
+        "aten::im2col",
+        "aten::col2im",
+        "aten::cat",
+    ),
 }
 OTHER, OUTSIDE = "other operators", "outside operators"
 

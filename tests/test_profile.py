@@ -14,7 +14,7 @@ TOY = ["--width", "8", "--inner-steps", "3", "--threads", "1"]
 @pytest.mark.parametrize(
     ("operator", "room"),
     [
-        ("ddpp::winograd_input", "Winograd transforms"),
+        ("ddpp::winograd_convolve", "Winograd convolutions"),
         ("ddpp::multiply_matrices", "products of matrices"),
         ("aten::native_group_norm_backward", "norm, activation, pooling"),
         ("aten::softmax", profile.OTHER),

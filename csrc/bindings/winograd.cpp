@@ -1,5 +1,7 @@
 #include "kernels/winograd.h"
 
+#include <optional>
+
 #include "bindings/checks.h"
 
 // On a GPU the vendor's library convolves: there are kernels for the CPU only.
@@ -62,15 +64,29 @@ void by_dtype(const Tensor& t, const Run& run) {
 
 // ---- the ops ----
 
-void input_op(const Tensor& images, int64_t m, Tensor tiles) {
-  const TiledImages size = checked_images("images", images);
+void convolve_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& tangent, bool transposed,
+                 int64_t m, std::optional<Tensor> tiles, Tensor y) {
+  const TiledImages size = checked_images("x", x), written = checked_images("y", y);
   const int tile = checked_tile(m);
-  check_dtype("tiles", tiles, images);
-  by_dtype(images, [&](auto t) {
+  if (written.n != size.n || written.height != size.height || written.width != size.width)
+    fail("ddpp: y must have the batch and the sides of x ", shape(x), ", got ", shape(y));
+  if (tangent && size.n % 2) fail("ddpp: x must hold as many values as tangents, got ", size.n, " images");
+  check_dtype("y", y, x);
+  by_dtype(x, [&](auto t) {
     using T = decltype(t);
-    winograd_cpu<T>().input(images.const_data_ptr<T>(), size, tile,
-                            written_matrices<T>("tiles", tiles, stages(m), size.tiles(tile), size.channels),
-                            Device(images).queue);
+    const auto factor = [&](const char* name, const Tensor& w) {
+      check_dtype(name, w, x);
+      return checked_matrices<T>(name, w, stages(m), size.channels, written.channels);
+    };
+    Convolution<T> c{
+        x.const_data_ptr<T>(),  size, written.channels, factor("weight", weight), {}, transposed, {},
+        y.mutable_data_ptr<T>()};
+    if (tangent) c.tangent = factor("tangent", *tangent);
+    if (tiles) {
+      check_dtype("tiles", *tiles, x);
+      c.tiles = written_matrices<T>("tiles", *tiles, stages(m), size.tiles(tile), size.channels);
+    }
+    winograd_cpu<T>().convolve(c, tile, Device(x).queue);
   });
 }
 
@@ -87,45 +103,22 @@ void output_transposed_op(const Tensor& images, int64_t m, Tensor tiles) {
   });
 }
 
-void input_transposed_op(const Tensor& tiles, int64_t m, Tensor images) {
-  const TiledImages size = checked_images("images", images);
-  const int tile = checked_tile(m);
-  check_dtype("tiles", tiles, images);
-  by_dtype(images, [&](auto t) {
-    using T = decltype(t);
-    winograd_cpu<T>().input_transposed(
-        checked_matrices<T>("tiles", tiles, stages(m), size.tiles(tile), size.channels), size, tile,
-        images.mutable_data_ptr<T>(), Device(images).queue);
-  });
-}
-
-void output_op(const Tensor& tiles, int64_t m, Tensor images) {
-  const TiledImages size = checked_images("images", images);
-  const int tile = checked_tile(m);
-  check_dtype("tiles", tiles, images);
-  by_dtype(images, [&](auto t) {
-    using T = decltype(t);
-    winograd_cpu<T>().output(checked_matrices<T>("tiles", tiles, stages(m), size.tiles(tile), size.channels),
-                             size, tile, images.mutable_data_ptr<T>(), Device(images).queue);
-  });
-}
-
 void check_weight(const Tensor& weight) {
   check_floating("weight", weight);
   if (weight.dim() != 4 || weight.size(2) != 3 || weight.size(3) != 3 || !weight.is_contiguous())
     fail("ddpp: weight must be [O, I, 3, 3] and contiguous, got ", shape(weight));
 }
 
-void weight_op(const Tensor& weight, int64_t m, bool by_input, Tensor transformed) {
+void weight_op(const Tensor& weight, int64_t m, bool backward, Tensor transformed) {
   check_weight(weight);
   const int tile = checked_tile(m);
   check_dtype("transformed", transformed, weight);
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   by_dtype(weight, [&](auto t) {
     using T = decltype(t);
-    winograd_cpu<T>().weight(weight.const_data_ptr<T>(), outputs, inputs, tile, by_input,
+    winograd_cpu<T>().weight(weight.const_data_ptr<T>(), outputs, inputs, tile, backward,
                              written_matrices<T>("transformed", transformed, stages(m),
-                                                 by_input ? inputs : outputs, by_input ? outputs : inputs),
+                                                 backward ? outputs : inputs, backward ? inputs : outputs),
                              Device(weight).queue);
   });
 }
@@ -139,6 +132,47 @@ void weight_transposed_op(const Tensor& transformed, int64_t m, Tensor weight) {
     winograd_cpu<T>().weight_transposed(
         checked_matrices<T>("transformed", transformed, stages(m), weight.size(0), weight.size(1)),
         weight.size(0), weight.size(1), tile, weight.mutable_data_ptr<T>(), Device(weight).queue);
+  });
+}
+
+// columns [n, pixels, row] of images [n, channels, height, width]
+Neighbourhoods checked_neighbourhoods(const Tensor& images, int64_t pad_y, int64_t pad_x,
+                                      const Tensor& columns) {
+  check_floating("images", images);
+  check_dtype("columns", columns, images);
+  if (images.dim() != 4 || !images.is_contiguous())
+    fail("ddpp: images must be [N, C, H, W] and contiguous, got ", shape(images));
+  const Neighbourhoods size{images.size(0),
+                            images.size(1),
+                            images.size(2),
+                            images.size(3),
+                            pad_y,
+                            pad_x,
+                            columns.dim() == 3 ? columns.size(2) : 0};
+  if (pad_y < 0 || pad_x < 0 || size.rows() < 1 || size.columns() < 1)
+    fail("ddpp: images must have room for a neighbourhood of 3x3, got ", shape(images));
+  if (columns.dim() != 3 || columns.size(0) != size.n || columns.size(1) != size.rows() * size.columns() ||
+      size.row < 9 * size.channels || !columns.is_contiguous())
+    fail("ddpp: columns must be [", size.n, ", ", size.rows() * size.columns(), ", ", 9 * size.channels,
+         " or more] and contiguous, got ", shape(columns));
+  return size;
+}
+
+void columns_op(const Tensor& images, int64_t pad_y, int64_t pad_x, Tensor columns) {
+  const Neighbourhoods size = checked_neighbourhoods(images, pad_y, pad_x, columns);
+  by_dtype(images, [&](auto t) {
+    using T = decltype(t);
+    winograd_cpu<T>().columns(images.const_data_ptr<T>(), size, columns.mutable_data_ptr<T>(),
+                              Device(images).queue);
+  });
+}
+
+void columns_transposed_op(const Tensor& columns, int64_t pad_y, int64_t pad_x, Tensor images) {
+  const Neighbourhoods size = checked_neighbourhoods(images, pad_y, pad_x, columns);
+  by_dtype(images, [&](auto t) {
+    using T = decltype(t);
+    winograd_cpu<T>().columns_transposed(columns.const_data_ptr<T>(), size, images.mutable_data_ptr<T>(),
+                                         Device(images).queue);
   });
 }
 
@@ -162,12 +196,12 @@ void multiply_op(const Tensor& a, const Tensor& b, bool a_transposed, bool accum
 }  // namespace ddpp
 
 DDPP_LIBRARY(m) {
-  m.impl("winograd_input", TORCH_BOX(&ddpp::input_op));
-  m.impl("winograd_input_transposed", TORCH_BOX(&ddpp::input_transposed_op));
-  m.impl("winograd_output", TORCH_BOX(&ddpp::output_op));
+  m.impl("winograd_convolve", TORCH_BOX(&ddpp::convolve_op));
   m.impl("winograd_output_transposed", TORCH_BOX(&ddpp::output_transposed_op));
   m.impl("winograd_weight", TORCH_BOX(&ddpp::weight_op));
   m.impl("winograd_weight_transposed", TORCH_BOX(&ddpp::weight_transposed_op));
+  m.impl("columns_of_images", TORCH_BOX(&ddpp::columns_op));
+  m.impl("images_of_columns", TORCH_BOX(&ddpp::columns_transposed_op));
   m.impl("multiply_matrices", TORCH_BOX(&ddpp::multiply_op));
 }
 

@@ -10,11 +10,19 @@
 
 #include "kernels/isa_target.h"
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define DDPP_INLINE inline __attribute__((noinline))  // inlined, the checks take minutes to compile
+#define DDPP_LAMBDA __attribute__((noinline))
+#define DDPP_UNROLL
+#else
+#define DDPP_INLINE DDPP_ALWAYS_INLINE
+#define DDPP_LAMBDA __attribute__((always_inline))
+#define DDPP_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace ddpp {
 namespace DDPP_ISA {
 namespace {
-
-#define DDPP_UNROLL _Pragma("GCC unroll 8")
 
 // As wide as the registers. By reference, so that none crosses an ABI.
 template <class T>
@@ -25,176 +33,224 @@ template <class V, class T>
 constexpr int64_t kWidth = sizeof(V) / sizeof(T);
 
 template <class V, class T>
-DDPP_ALWAYS_INLINE void load(V& v, const T* from) {
+DDPP_INLINE void load(V& v, const T* from) {
   std::memcpy(&v, from, sizeof v);
 }
 template <class V, class T>
-DDPP_ALWAYS_INLINE void store(T* to, const V& v) {
+DDPP_INLINE void store(T* to, const V& v) {
   std::memcpy(to, &v, sizeof v);
 }
 
 // body.template operator()<V>(c) for all channels c, in steps of a register, then one by one.
 template <class T, class Body>
-DDPP_ALWAYS_INLINE void for_channels(int64_t channels, const Body& body) {
+DDPP_INLINE void for_channels(int64_t channels, const Body& body) {
   int64_t c = 0;
   for (; c + kWidth<Vector<T>, T> <= channels; c += kWidth<Vector<T>, T>) body(Vector<T>{}, c);
   for (; c < channels; ++c) body(T{}, c);
 }
 
-// ---- the matrices of F(m, 3): out = At ((Bt in B) * (G w Gt)) A ----
+// ---- F(m, 3) in one dimension: out = At ((Bt in) * (G w)). `transposed` marks A and Gt ----
 
-template <int m>
+template <class T, int m>
 struct Filter;
-template <>
-struct Filter<2> {
-  static constexpr double bt[4][4] = {{1, 0, -1, 0}, {0, 1, 1, 0}, {0, -1, 1, 0}, {0, 1, 0, -1}};
-  static constexpr double g[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
-  static constexpr double at[2][4] = {{1, 1, 1, 0}, {0, 1, -1, -1}};
-};
-template <>
-struct Filter<4> {
-  static constexpr double bt[6][6] = {{4, 0, -5, 0, 1, 0},  {0, -4, -4, 1, 1, 0}, {0, 4, -4, -1, 1, 0},
-                                      {0, -2, -1, 2, 1, 0}, {0, 2, -1, -2, 1, 0}, {0, 4, 0, -5, 0, 1}};
-  static constexpr double g[6][3] = {{1. / 4, 0, 0},
-                                     {-1. / 6, -1. / 6, -1. / 6},
-                                     {-1. / 6, 1. / 6, -1. / 6},
-                                     {1. / 24, 1. / 12, 1. / 6},
-                                     {1. / 24, -1. / 12, 1. / 6},
-                                     {0, 0, 1}};
-  static constexpr double at[4][6] = {
-      {1, 1, 1, 1, 1, 0}, {0, 1, -1, 2, -2, 0}, {0, 1, 1, 4, 4, 0}, {0, 1, -1, 8, -8, 1}};
+
+template <class T>
+struct Filter<T, 2> {
+  template <class V>
+  static DDPP_INLINE void input(const V (&d)[4], V (&t)[4]) {
+    t[0] = d[0] - d[2];
+    t[1] = d[1] + d[2];
+    t[2] = d[2] - d[1];
+    t[3] = d[1] - d[3];
+  }
+  template <class V>
+  static DDPP_INLINE void output(const V (&t)[4], V (&y)[2]) {
+    y[0] = t[0] + t[1] + t[2];
+    y[1] = t[1] - t[2] - t[3];
+  }
+  template <class V>
+  static DDPP_INLINE void output_transposed(const V (&y)[2], V (&t)[4]) {
+    t[0] = y[0];
+    t[1] = y[0] + y[1];
+    t[2] = y[0] - y[1];
+    t[3] = -y[1];
+  }
+  template <class V>
+  static DDPP_INLINE void weight(const V (&w)[3], V (&t)[4]) {
+    const V even = (w[0] + w[2]) * T(1. / 2), odd = w[1] * T(1. / 2);
+    t[0] = w[0];
+    t[1] = even + odd;
+    t[2] = even - odd;
+    t[3] = w[2];
+  }
+  template <class V>
+  static DDPP_INLINE void weight_transposed(const V (&t)[4], V (&w)[3]) {
+    const V even = (t[1] + t[2]) * T(1. / 2);
+    w[0] = t[0] + even;
+    w[1] = (t[1] - t[2]) * T(1. / 2);
+    w[2] = even + t[3];
+  }
 };
 
-// out = L in Lt; l(i, k) is known at compile time, so that zeros and ones cost nothing.
-template <class T, int rows, int inner, class V, class L>
-DDPP_ALWAYS_INLINE void sandwich(const V (&in)[inner][inner], V (&out)[rows][rows], const L& l) {
-  const auto combine = [&l](int row, const auto& term, V& sum) __attribute__((always_inline)) {
-    sum = V{};
-    DDPP_UNROLL for (int k = 0; k < inner; ++k) {
-      const T c = static_cast<T>(l(row, k));
-      if (c == 1) {
-        sum += term(k);
-      } else if (c == -1) {
-        sum -= term(k);
-      } else if (c != 0) {
-        sum += c * term(k);
-      }
-    }
-  };
+template <class T>
+struct Filter<T, 4> {
+  template <class V>
+  static DDPP_INLINE void input(const V (&d)[6], V (&t)[6]) {
+    const V even = d[4] - d[2] * T(4), odd = d[3] - d[1] * T(4);
+    const V even_2 = d[4] - d[2], odd_2 = (d[3] - d[1]) * T(2);
+    t[0] = d[0] * T(4) - d[2] * T(5) + d[4];
+    t[1] = even + odd;
+    t[2] = even - odd;
+    t[3] = even_2 + odd_2;
+    t[4] = even_2 - odd_2;
+    t[5] = d[1] * T(4) - d[3] * T(5) + d[5];
+  }
+  template <class V>
+  static DDPP_INLINE void output(const V (&t)[6], V (&y)[4]) {
+    const V sum = t[1] + t[2], difference = t[1] - t[2], sum_2 = t[3] + t[4], difference_2 = t[3] - t[4];
+    y[0] = t[0] + sum + sum_2;
+    y[1] = difference + difference_2 * T(2);
+    y[2] = sum + sum_2 * T(4);
+    y[3] = difference + difference_2 * T(8) + t[5];
+  }
+  template <class V>
+  static DDPP_INLINE void output_transposed(const V (&y)[4], V (&t)[6]) {
+    const V even = y[0] + y[2], odd = y[1] + y[3];
+    const V even_2 = y[0] + y[2] * T(4), odd_2 = y[1] * T(2) + y[3] * T(8);
+    t[0] = y[0];
+    t[1] = even + odd;
+    t[2] = even - odd;
+    t[3] = even_2 + odd_2;
+    t[4] = even_2 - odd_2;
+    t[5] = y[3];
+  }
+  template <class V>
+  static DDPP_INLINE void weight(const V (&w)[3], V (&t)[6]) {
+    const V even = (w[0] + w[2]) * T(-1. / 6), odd = w[1] * T(1. / 6);
+    const V even_2 = w[0] * T(1. / 24) + w[2] * T(1. / 6), odd_2 = w[1] * T(1. / 12);
+    t[0] = w[0] * T(1. / 4);
+    t[1] = even - odd;
+    t[2] = even + odd;
+    t[3] = even_2 + odd_2;
+    t[4] = even_2 - odd_2;
+    t[5] = w[2];
+  }
+  template <class V>
+  static DDPP_INLINE void weight_transposed(const V (&t)[6], V (&w)[3]) {
+    const V sum = (t[1] + t[2]) * T(1. / 6), sum_2 = t[3] + t[4];
+    w[0] = t[0] * T(1. / 4) - sum + sum_2 * T(1. / 24);
+    w[1] = (t[2] - t[1]) * T(1. / 6) + (t[3] - t[4]) * T(1. / 12);
+    w[2] = sum_2 * T(1. / 6) - sum + t[5];
+  }
+};
+
+// The same in two dimensions: f along the columns, then along the rows.
+template <int rows, int inner, class V, class F>
+DDPP_INLINE void both_ways(const V (&in)[inner][inner], V (&out)[rows][rows], const F& f) {
   V half[rows][inner];
-  DDPP_UNROLL for (int i = 0; i < rows; ++i) DDPP_UNROLL for (int j = 0; j < inner; ++j)
-      combine(i, [&](int k) -> const V& { return in[k][j]; }, half[i][j]);
-  DDPP_UNROLL for (int i = 0; i < rows; ++i) DDPP_UNROLL for (int j = 0; j < rows; ++j)
-      combine(j, [&](int k) -> const V& { return half[i][k]; }, out[i][j]);
+  DDPP_UNROLL for (int j = 0; j < inner; ++j) {
+    V column[inner], result[rows];
+    DDPP_UNROLL for (int i = 0; i < inner; ++i) column[i] = in[i][j];
+    f(column, result);
+    DDPP_UNROLL for (int i = 0; i < rows; ++i) half[i][j] = result[i];
+  }
+  DDPP_UNROLL for (int i = 0; i < rows; ++i) f(half[i], out[i]);
 }
+
+#define DDPP_FILTER(name) [](const auto& from, auto& to) DDPP_LAMBDA { Filter<T, m>::name(from, to); }
 
 // ---- tiles ----
 
 constexpr int kPadding = 1;
 
-// body(image, tile, y, x) for each tile, its number and its first pixel; a task is a row of tiles.
-template <int m, class Body>
-void for_tile_rows(const TiledImages& size, const Queue& queue, const Body& body) {
-  const int64_t down = (size.height + m - 1) / m, across = (size.width + m - 1) / m;
-  parallel_for(queue, size.n * down, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      for (int64_t j = 0; j < across; ++j) body(row / down, row * across + j, row % down * m, j * m);
-  });
-}
+// The grid of tiles of images; tiles are counted image by image, row by row.
+template <int m>
+struct Grid {
+  explicit Grid(const TiledImages& size)
+      : size(size), down((size.height + m - 1) / m), across((size.width + m - 1) / m) {}
 
-template <class T, int m>
-void input(const T* images, const TiledImages& size, Matrices<T> tiles, const Queue& queue) {
-  constexpr int a = m + 2;
-  for_tile_rows<m>(size, queue, [=](int64_t image, int64_t tile, int64_t top, int64_t left) {
-    for_channels<T>(size.channels, [=](auto v, int64_t c) __attribute__((always_inline)) {
-      using V = decltype(v);
-      V in[a][a], out[a][a];
-      for (int p = 0; p < a; ++p)
-        for (int q = 0; q < a; ++q) {
-          const int64_t y = top + p - kPadding, x = left + q - kPadding;
-          in[p][q] = V{};
-          if (y >= 0 && y < size.height && x >= 0 && x < size.width)
-            load(in[p][q], images + ((image * size.height + y) * size.width + x) * size.channels + c);
-        }
-      sandwich<T, a, a>(in, out, [](int i, int k) { return Filter<m>::bt[i][k]; });
-      T* to = tiles.data + tile * size.channels + c;
-      for (int p = 0; p < a; ++p)
-        for (int q = 0; q < a; ++q) store(to + (p * a + q) * tiles.stride, out[p][q]);
-    });
-  });
-}
-
-template <class T, int m>
-void input_transposed(Matrices<const T> tiles, const TiledImages& size, T* images, const Queue& queue) {
-  constexpr int a = m + 2;
-  const int64_t down = (size.height + m - 1) / m, across = (size.width + m - 1) / m;
-  const int64_t values = size.height * size.width * size.channels;
-  parallel_for(queue, size.n, 1, [=](int64_t begin, int64_t end) {  // tiles overlap: an image has one thread
-    for (int64_t image = begin; image < end; ++image) {
-      std::fill_n(images + image * values, values, T(0));
-      for (int64_t k = 0; k < down * across; ++k) {
-        const int64_t top = k / across * m, left = k % across * m;
-        for_channels<T>(size.channels, [=](auto v, int64_t c) __attribute__((always_inline)) {
-          using V = decltype(v);
-          V in[a][a], out[a][a];
-          const T* from = tiles.data + (image * down * across + k) * size.channels + c;
-          for (int p = 0; p < a; ++p)
-            for (int q = 0; q < a; ++q) load(in[p][q], from + (p * a + q) * tiles.stride);
-          sandwich<T, a, a>(in, out, [](int i, int k) { return Filter<m>::bt[k][i]; });
-          for (int p = 0; p < a; ++p)
-            for (int q = 0; q < a; ++q) {
-              const int64_t y = top + p - kPadding, x = left + q - kPadding;
-              if (y < 0 || y >= size.height || x < 0 || x >= size.width) continue;
-              T* to = images + image * values + (y * size.width + x) * size.channels + c;
-              V sum;
-              load(sum, to);
-              sum += out[p][q];
-              store(to, sum);
-            }
-        });
+  // Where the pixels of a tile are, from `before` pixels above and left of it; `outside` stands for those
+  // that no image has.
+  template <int before, int side, class T>
+  void find(int64_t tile, T* images, T* outside, T* (&at)[side][side]) const {
+    const int64_t image = tile / (down * across), top = tile / across % down * m - before,
+                  left = tile % across * m - before;
+    for (int p = 0; p < side; ++p)
+      for (int q = 0; q < side; ++q) {
+        const int64_t y = top + p, x = left + q;
+        const bool inside = y >= 0 && y < size.height && x >= 0 && x < size.width;
+        at[p][q] = inside ? images + ((image * size.height + y) * size.width + x) * size.channels : outside;
       }
-    }
+  }
+
+  TiledImages size;
+  int64_t down, across;
+};
+
+// A square of pixels, each a vector of channels at its own place, through f to (m + 2)^2 vectors `stride`
+// values apart.
+template <class T, int side, int a, class F>
+DDPP_INLINE void transform(const T* const (&at)[side][side], int64_t channels, T* to, int64_t stride,
+                           const F& f) {
+  for_channels<T>(channels, [&](auto v, int64_t c) DDPP_LAMBDA {
+    using V = decltype(v);
+    V in[side][side], out[a][a];
+    DDPP_UNROLL for (int p = 0; p < side; ++p) DDPP_UNROLL for (int q = 0; q < side; ++q)
+        load(in[p][q], at[p][q] + c);
+    both_ways(in, out, f);
+    DDPP_UNROLL for (int p = 0; p < a; ++p) DDPP_UNROLL for (int q = 0; q < a; ++q)
+        store(to + (p * a + q) * stride + c, out[p][q]);
   });
 }
 
+// A tile with its border, transformed.
 template <class T, int m>
-void output(Matrices<const T> tiles, const TiledImages& size, T* images, const Queue& queue) {
+void transform_tile(const Grid<m>& grid, const T* images, int64_t tile, const T* zeros, T* to,
+                    int64_t stride) {
+  const T* at[m + 2][m + 2];
+  grid.template find<kPadding>(tile, images, zeros, at);
+  transform<T, m + 2, m + 2>(at, grid.size.channels, to, stride, DDPP_FILTER(input));
+}
+
+// The pixels of a tile from the products of its transform; `rest` takes what lies outside of the image.
+template <class T, int m>
+void write_tile(const Grid<m>& grid, const T* from, int64_t stride, int64_t tile, T* rest, T* images) {
   constexpr int a = m + 2;
-  for_tile_rows<m>(size, queue, [=](int64_t image, int64_t tile, int64_t top, int64_t left) {
-    for_channels<T>(size.channels, [=](auto v, int64_t c) __attribute__((always_inline)) {
-      using V = decltype(v);
-      V in[a][a], out[m][m];
-      const T* from = tiles.data + tile * size.channels + c;
-      for (int p = 0; p < a; ++p)
-        for (int q = 0; q < a; ++q) load(in[p][q], from + (p * a + q) * tiles.stride);
-      sandwich<T, m, a>(in, out, [](int i, int k) { return Filter<m>::at[i][k]; });
-      for (int p = 0; p < m && top + p < size.height; ++p)
-        for (int q = 0; q < m && left + q < size.width; ++q)
-          store(images + ((image * size.height + top + p) * size.width + left + q) * size.channels + c,
-                out[p][q]);
-    });
+  T* at[m][m];
+  grid.template find<0>(tile, images, rest, at);
+  for_channels<T>(grid.size.channels, [&](auto v, int64_t c) DDPP_LAMBDA {
+    using V = decltype(v);
+    V in[a][a], out[m][m];
+    DDPP_UNROLL for (int p = 0; p < a; ++p) DDPP_UNROLL for (int q = 0; q < a; ++q)
+        load(in[p][q], from + (p * a + q) * stride + c);
+    both_ways(in, out, DDPP_FILTER(output));
+    DDPP_UNROLL for (int p = 0; p < m; ++p) DDPP_UNROLL for (int q = 0; q < m; ++q)
+        store(at[p][q] + c, out[p][q]);
   });
+}
+
+// Memory of this thread, aligned to a cache line; kept, since fresh pages would cost more than the work in
+// it.
+template <class T>
+T* thread_scratch(int64_t values) {
+  constexpr int64_t line = 64 / sizeof(T);
+  thread_local std::vector<T> held;
+  if (static_cast<int64_t>(held.size()) < values + line) held.resize(values + line);
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(held.data()) + 63) & ~uintptr_t{63});
 }
 
 template <class T, int m>
 void output_transposed(const T* images, const TiledImages& size, Matrices<T> tiles, const Queue& queue) {
-  constexpr int a = m + 2;
-  for_tile_rows<m>(size, queue, [=](int64_t image, int64_t tile, int64_t top, int64_t left) {
-    for_channels<T>(size.channels, [=](auto v, int64_t c) __attribute__((always_inline)) {
-      using V = decltype(v);
-      V in[m][m], out[a][a];
-      for (int p = 0; p < m; ++p)
-        for (int q = 0; q < m; ++q) {
-          in[p][q] = V{};
-          if (top + p < size.height && left + q < size.width)
-            load(in[p][q],
-                 images + ((image * size.height + top + p) * size.width + left + q) * size.channels + c);
-        }
-      sandwich<T, a, m>(in, out, [](int i, int k) { return Filter<m>::at[k][i]; });
-      T* to = tiles.data + tile * size.channels + c;
-      for (int p = 0; p < a; ++p)
-        for (int q = 0; q < a; ++q) store(to + (p * a + q) * tiles.stride, out[p][q]);
-    });
+  const Grid<m> grid(size);
+  parallel_for(queue, size.tiles(m), 1, [=](int64_t begin, int64_t end) {
+    T* const zeros = thread_scratch<T>(size.channels);
+    std::fill_n(zeros, size.channels, T(0));
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const T* at[m][m];
+      grid.template find<0>(tile, images, static_cast<const T*>(zeros), at);
+      transform<T, m, m + 2>(at, size.channels, tiles.data + tile * size.channels, tiles.stride,
+                             DDPP_FILTER(output_transposed));
+    }
   });
 }
 
@@ -203,35 +259,31 @@ void output_transposed(const T* images, const TiledImages& size, Matrices<T> til
 constexpr int kTaps = 9;
 constexpr int64_t kWeightRows = 8;  // of one task
 
-// One of the matrices' rows belongs to an output (or, by_input, to an input); its columns are the other.
 template <class T, int m>
-void weight(const T* weight, int64_t outputs, int64_t inputs, bool by_input, Matrices<T> transformed,
+void weight(const T* weight, int64_t outputs, int64_t inputs, bool backward, Matrices<T> transformed,
             const Queue& queue) {
   constexpr int a = m + 2;
-  const int64_t rows = by_input ? inputs : outputs, columns = by_input ? outputs : inputs;
-  const int64_t row_step = (by_input ? 1 : inputs) * kTaps, column_step = (by_input ? inputs : 1) * kTaps;
+  const int64_t rows = backward ? outputs : inputs, columns = backward ? inputs : outputs;
+  const int64_t row_step = (backward ? inputs : 1) * kTaps, column_step = (backward ? 1 : inputs) * kTaps;
   parallel_for(queue, (rows + kWeightRows - 1) / kWeightRows, 1, [=](int64_t begin, int64_t end) {
-    std::vector<T> taps(kTaps * kWeightRows * columns);  // [kTaps, kWeightRows, columns]
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kWeightRows, count = std::min(kWeightRows, rows - first);
-      for (int64_t column = 0; column < columns; ++column)
-        for (int64_t row = 0; row < count; ++row)
-          for (int64_t k = 0; k < kTaps; ++k)
-            taps[(k * kWeightRows + row) * columns + column] =
-                weight[(first + row) * row_step + column * column_step + k];
-      const T* from = taps.data();
-      for (int64_t row = 0; row < count; ++row)
-        for_channels<T>(columns, [=](auto v, int64_t c) __attribute__((always_inline)) {
-          using V = decltype(v);
+    for (int64_t task = begin; task < end; ++task)
+      for_channels<T>(columns, [=](auto v, int64_t c) DDPP_LAMBDA {
+        using V = decltype(v);
+        constexpr int64_t width = kWidth<V, T>;
+        for (int64_t row = task * kWeightRows; row < std::min(rows, (task + 1) * kWeightRows); ++row) {
+          const T* from = weight + row * row_step + c * column_step;
+          T* to = transformed.data + row * columns + c;
+          for (int k = 0; k < a * a; ++k) __builtin_prefetch(to + k * transformed.stride + columns, 1);
+          T taps[kTaps][width];
+          for (int64_t i = 0; i < width; ++i)
+            for (int k = 0; k < kTaps; ++k) taps[backward ? kTaps - 1 - k : k][i] = from[i * column_step + k];
           V in[3][3], out[a][a];
-          for (int k = 0; k < kTaps; ++k)
-            load(in[k / 3][k % 3], from + (k * kWeightRows + row) * columns + c);
-          sandwich<T, a, 3>(in, out, [](int i, int k) { return Filter<m>::g[i][k]; });
-          T* to = transformed.data + (first + row) * columns + c;
+          for (int k = 0; k < kTaps; ++k) load(in[k / 3][k % 3], taps[k]);
+          both_ways(in, out, DDPP_FILTER(weight));
           for (int p = 0; p < a; ++p)
             for (int q = 0; q < a; ++q) store(to + (p * a + q) * transformed.stride, out[p][q]);
-        });
-    }
+        }
+      });
   });
 }
 
@@ -241,13 +293,13 @@ void weight_transposed(Matrices<const T> transformed, int64_t outputs, int64_t i
   constexpr int a = m + 2;
   parallel_for(queue, outputs, kWeightRows, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      for_channels<T>(inputs, [=](auto v, int64_t c) __attribute__((always_inline)) {
+      for_channels<T>(inputs, [=](auto v, int64_t c) DDPP_LAMBDA {
         using V = decltype(v);
         V in[a][a], out[3][3];
         const T* from = transformed.data + row * inputs + c;
         for (int p = 0; p < a; ++p)
           for (int q = 0; q < a; ++q) load(in[p][q], from + (p * a + q) * transformed.stride);
-        sandwich<T, 3, a>(in, out, [](int i, int k) { return Filter<m>::g[k][i]; });
+        both_ways(in, out, DDPP_FILTER(weight_transposed));
         constexpr int64_t width = kWidth<V, T>;
         T taps[kTaps][width];
         for (int k = 0; k < kTaps; ++k) store(taps[k], out[k / 3][k % 3]);
@@ -265,9 +317,11 @@ constexpr int kBlockRows = 6, kBlockVectors = DDPP_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int64_t kInner =
     160;  // of a transposed product: what of b is read again for each block stays in cache
 constexpr int64_t kTaskRows = 192, kTaskColumns = 64;
+constexpr int64_t kApart =
+    16;  // values between matrices: a power of two from one to the next would make them share cache lines
 
 template <class V, class T>
-DDPP_ALWAYS_INLINE void add_product(V& sum, T x, const V& y) {
+DDPP_INLINE void add_product(V& sum, T x, const V& y) {
 #if defined(DDPP_ISA_avx512)
   if constexpr (sizeof(V) == 64 && sizeof(T) == 4) {
     sum = (V)_mm512_fmadd_ps(_mm512_set1_ps(x), (__m512)y, (__m512)sum);
@@ -296,8 +350,8 @@ struct View {
 };
 
 template <class T, class V, int rows, int vectors>
-DDPP_ALWAYS_INLINE void multiply_block(View<const T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
-                                       int64_t inner, bool accumulate) {
+DDPP_INLINE void multiply_block(View<const T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
+                                int64_t inner, bool accumulate) {
   constexpr int64_t width = kWidth<V, T>;
   V sum[rows][vectors];
   DDPP_UNROLL for (int r = 0; r < rows; ++r) DDPP_UNROLL for (int j = 0; j < vectors; ++j) {
@@ -316,20 +370,25 @@ DDPP_ALWAYS_INLINE void multiply_block(View<const T> a, const T* b, int64_t b_ro
       store(c + r * c_row + j * width, sum[r][j]);
 }
 
-// All rows of `vectors` registers' columns.
+// All rows of `vectors` registers' columns, in blocks of rows as equal as they can be.
 template <class T, class V, int vectors>
 void multiply_panel(View<const T> a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t rows,
                     int64_t inner, bool accumulate) {
-  int64_t r = 0;
-  const auto block = [&](auto count) __attribute__((always_inline)) {
-    constexpr int n = decltype(count)::value;
-    for (; r + n <= rows; r += n)
-      multiply_block<T, V, n, vectors>({a.data + r * a.row, a.row, a.column}, b, b_row, c + r * c_row, c_row,
-                                       inner, accumulate);
-  };
-  block(std::integral_constant<int, kBlockRows>());
-  block(std::integral_constant<int, 3>());
-  block(std::integral_constant<int, 1>());
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
+    const auto multiply = [&](auto n) DDPP_LAMBDA {
+      if (count == decltype(n)::value)
+        multiply_block<T, V, decltype(n)::value, vectors>({a.data + first * a.row, a.row, a.column}, b, b_row,
+                                                          c + first * c_row, c_row, inner, accumulate);
+    };
+    multiply(std::integral_constant<int, 6>());
+    multiply(std::integral_constant<int, 5>());
+    multiply(std::integral_constant<int, 4>());
+    multiply(std::integral_constant<int, 3>());
+    multiply(std::integral_constant<int, 2>());
+    multiply(std::integral_constant<int, 1>());
+  }
 }
 
 template <class T>
@@ -339,6 +398,10 @@ void multiply_part(View<const T> a, const T* b, int64_t b_row, T* c, int64_t c_r
   int64_t j = 0;
   for (; j + kBlockVectors * width <= columns; j += kBlockVectors * width)
     multiply_panel<T, Vector<T>, kBlockVectors>(a, b + j, b_row, c + j, c_row, rows, inner, accumulate);
+  if (j + 2 * width <= columns) {
+    multiply_panel<T, Vector<T>, 2>(a, b + j, b_row, c + j, c_row, rows, inner, accumulate);
+    j += 2 * width;
+  }
   for (; j + width <= columns; j += width)
     multiply_panel<T, Vector<T>, 1>(a, b + j, b_row, c + j, c_row, rows, inner, accumulate);
   for (; j < columns; ++j) multiply_panel<T, T, 1>(a, b + j, b_row, c + j, c_row, rows, inner, accumulate);
@@ -367,33 +430,131 @@ void multiply(Matrices<const T> a, Matrices<const T> b, int64_t count, int64_t r
   });
 }
 
+// ---- a convolution of few channels ----
+
+template <class T>
+void columns(const T* images, const Neighbourhoods& size, T* columns, const Queue& queue) {
+  parallel_for(queue, size.n * size.rows(), 1, [=](int64_t begin, int64_t end) {
+    T* to = columns + begin * size.columns() * size.row;
+    for (int64_t line = begin; line < end; ++line)
+      for (int64_t x = 0; x < size.columns(); ++x, to += size.row) {
+        std::fill_n(to, size.row, T(0));
+        const int64_t top = line % size.rows() - size.pad_y, left = x - size.pad_x;
+        for (int64_t c = 0; c < size.channels; ++c) {
+          const T* plane = images + (line / size.rows() * size.channels + c) * size.height * size.width;
+          for (int64_t k = 0; k < kTaps; ++k) {
+            const int64_t v = top + k / 3, u = left + k % 3;
+            if (v >= 0 && v < size.height && u >= 0 && u < size.width)
+              to[c * kTaps + k] = plane[v * size.width + u];
+          }
+        }
+      }
+  });
+}
+
+template <class T>
+void columns_transposed(const T* columns, const Neighbourhoods& size, T* images, const Queue& queue) {
+  parallel_for(queue, size.n * size.channels, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t plane = begin; plane < end; ++plane) {
+      const T* from = columns + plane / size.channels * size.rows() * size.columns() * size.row +
+                      plane % size.channels * kTaps;
+      T* to = images + plane * size.height * size.width;
+      for (int64_t y = 0; y < size.height; ++y)
+        for (int64_t x = 0; x < size.width; ++x) {
+          T sum = 0;
+          for (int64_t k = 0; k < kTaps; ++k) {  // the neighbourhoods that hold this pixel
+            const int64_t v = y + size.pad_y - k / 3, u = x + size.pad_x - k % 3;
+            if (v >= 0 && v < size.rows() && u >= 0 && u < size.columns())
+              sum += from[(v * size.columns() + u) * size.row + k];
+          }
+          *to++ = sum;
+        }
+    }
+  });
+}
+
+// ---- the convolution ----
+
+constexpr int64_t kBlockBytes =
+    704 << 10;  // of a block of tiles before and after the products: in the L2 cache
+
+// Some tiles, from pixels to pixels: everything in between stays in cache.
+template <class T, int m>
+void convolve_block(const Convolution<T>& c, int64_t first, int64_t count, T* scratch) {
+  constexpr int stages = (m + 2) * (m + 2);
+  const Grid<m> grid(c.size);
+  const int64_t inputs = c.size.channels, parts = c.tangent.data ? 2 : 1, half = c.size.tiles(m) / parts;
+  const int64_t rows = parts * count, out_stride = rows * c.outputs + kApart;
+  T *const zeros = scratch, *const rest = zeros + inputs, *const out = rest + c.outputs + kApart;
+  std::fill_n(zeros, inputs, T(0));
+  Matrices<T> in = c.tiles;
+  int64_t part_rows = half;  // from a tile to the same one of the other part
+  if (in.data) {
+    in.data += first * inputs;
+  } else {
+    in = {out + stages * out_stride, rows * inputs + kApart};
+    part_rows = count;
+  }
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t k = 0; k < count; ++k)
+      transform_tile<T, m>(grid, c.x, part * half + first + k, zeros,
+                           in.data + (part * part_rows + k) * inputs, in.stride);
+  const int64_t lead = c.transposed ? 1 : 0;  // the part that also goes through the tangent into the other
+  for (int p = 0; p < stages; ++p) {
+    const auto multiply = [&](int64_t from, int64_t to, Matrices<const T> weight, bool accumulate) {
+      multiply_part<T>({in.data + p * in.stride + from * part_rows * inputs, inputs, 1},
+                       weight.data + p * weight.stride, c.outputs,
+                       out + p * out_stride + to * count * c.outputs, c.outputs, count, inputs, c.outputs,
+                       accumulate);
+    };
+    for (int64_t part = 0; part < parts; ++part) multiply(part, part, c.weight, false);
+    if (parts == 2) multiply(lead, 1 - lead, c.tangent, true);
+  }
+  const Grid<m> written({c.size.n, c.outputs, c.size.height, c.size.width});
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t k = 0; k < count; ++k)
+      write_tile<T, m>(written, out + (part * count + k) * c.outputs, out_stride, part * half + first + k,
+                       rest, c.y);
+}
+
+template <class T, int m>
+void convolve(const Convolution<T>& c, const Queue& queue) {
+  constexpr int64_t stages = (m + 2) * (m + 2);
+  const int64_t parts = c.tangent.data ? 2 : 1, values = parts * (c.size.channels + c.outputs);
+  const int64_t most =
+      std::max<int64_t>(1, kBlockBytes / (stages * values * static_cast<int64_t>(sizeof(T))));
+  parallel_for(queue, c.size.tiles(m) / parts, 1, [&](int64_t begin, int64_t end) {
+    T* const scratch = thread_scratch<T>(values + kApart + stages * (most * values + 2 * kApart));
+    const int64_t blocks = (end - begin + most - 1) / most;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = begin + (end - begin) * block / blocks;
+      convolve_block<T, m>(c, first, begin + (end - begin) * (block + 1) / blocks - first, scratch);
+    }
+  });
+}
+
 // ---- m at run time ----
 
 template <class T>
 const Winograd<T> kLaunchers{
-    [](const T* images, const TiledImages& size, int m, Matrices<T> tiles, const Queue& queue) {
-      m == 2 ? input<T, 2>(images, size, tiles, queue) : input<T, 4>(images, size, tiles, queue);
-    },
-    [](Matrices<const T> tiles, const TiledImages& size, int m, T* images, const Queue& queue) {
-      m == 2 ? input_transposed<T, 2>(tiles, size, images, queue)
-             : input_transposed<T, 4>(tiles, size, images, queue);
-    },
-    [](Matrices<const T> tiles, const TiledImages& size, int m, T* images, const Queue& queue) {
-      m == 2 ? output<T, 2>(tiles, size, images, queue) : output<T, 4>(tiles, size, images, queue);
+    [](const Convolution<T>& c, int m, const Queue& queue) {
+      m == 2 ? convolve<T, 2>(c, queue) : convolve<T, 4>(c, queue);
     },
     [](const T* images, const TiledImages& size, int m, Matrices<T> tiles, const Queue& queue) {
       m == 2 ? output_transposed<T, 2>(images, size, tiles, queue)
              : output_transposed<T, 4>(images, size, tiles, queue);
     },
-    [](const T* from, int64_t outputs, int64_t inputs, int m, bool by_input, Matrices<T> to,
+    [](const T* from, int64_t outputs, int64_t inputs, int m, bool backward, Matrices<T> to,
        const Queue& queue) {
-      m == 2 ? weight<T, 2>(from, outputs, inputs, by_input, to, queue)
-             : weight<T, 4>(from, outputs, inputs, by_input, to, queue);
+      m == 2 ? weight<T, 2>(from, outputs, inputs, backward, to, queue)
+             : weight<T, 4>(from, outputs, inputs, backward, to, queue);
     },
     [](Matrices<const T> from, int64_t outputs, int64_t inputs, int m, T* to, const Queue& queue) {
       m == 2 ? weight_transposed<T, 2>(from, outputs, inputs, to, queue)
              : weight_transposed<T, 4>(from, outputs, inputs, to, queue);
     },
+    columns<T>,
+    columns_transposed<T>,
     multiply<T>};
 
 }  // namespace

@@ -74,32 +74,29 @@ struct Results {
   Array<T> y, d_x, d_weight;
 };
 
-// The convolution, its input gradient and its weight gradient, all by the stages.
+// The convolution, its input gradient and its weight gradient.
 template <class T>
 Results<T> convolve(const Case& c, int m, const Array<T>& x, const Array<T>& weight, const Array<T>& grad,
                     const Queue& queue) {
   const Winograd<T>& w = winograd_cpu<T>();
   const int64_t count = (m + 2) * (m + 2), tiles = c.size.tiles(m), inputs = c.size.channels;
-  Transformed<T> in(m, tiles, inputs), out(m, tiles, c.outputs), d_in(m, tiles, inputs),
-      d_out(m, tiles, c.outputs);
-  Transformed<T> by_input(m, inputs, c.outputs), by_output(m, c.outputs, inputs),
-      d_weight(m, c.outputs, inputs);
+  Transformed<T> in(m, tiles, inputs), d_out(m, tiles, c.outputs), forward(m, inputs, c.outputs),
+      backward(m, c.outputs, inputs), d_weight(m, c.outputs, inputs);
   Results<T> results(c);
-  w.weight(weight.data(), c.outputs, inputs, m, true, by_input.data(), queue);
-  w.weight(weight.data(), c.outputs, inputs, m, false, by_output.data(), queue);
-  w.input(x.data(), c.size, m, in.data(), queue);
-  w.multiply(std::as_const(in).data(), std::as_const(by_input).data(), count, tiles, inputs, c.outputs, false,
-             false, out.data(), queue);
-  w.output(std::as_const(out).data(), c.output(), m, results.y.data(), queue);
+  w.weight(weight.data(), c.outputs, inputs, m, false, forward.data(), queue);
+  w.weight(weight.data(), c.outputs, inputs, m, true, backward.data(), queue);
+  w.convolve(
+      {x.data(), c.size, c.outputs, std::as_const(forward).data(), {}, false, in.data(), results.y.data()}, m,
+      queue);
+  w.convolve(
+      {grad.data(), c.output(), inputs, std::as_const(backward).data(), {}, false, {}, results.d_x.data()}, m,
+      queue);
   w.output_transposed(grad.data(), c.output(), m, d_out.data(), queue);
-  w.multiply(std::as_const(d_out).data(), std::as_const(by_output).data(), count, tiles, c.outputs, inputs,
-             false, false, d_in.data(), queue);
-  w.input_transposed(std::as_const(d_in).data(), c.size, m, results.d_x.data(), queue);
   w.multiply(std::as_const(d_out).data(), std::as_const(in).data(), count, c.outputs, tiles, inputs, true,
              false, d_weight.data(), queue);
   w.weight_transposed(std::as_const(d_weight).data(), c.outputs, inputs, m, results.d_weight.data(), queue);
-  const Array<T>& spaced = out.array;
-  for (int64_t i = out.size; i < spaced.size(); i += out.size + 3)
+  const Array<T>& spaced = in.array;
+  for (int64_t i = in.size; i < spaced.size(); i += in.size + 3)
     CHECK(std::isnan(static_cast<double>(spaced[i])));
   return results;
 }
@@ -122,6 +119,64 @@ void check_convolution(const Setting& setting, const Case& c, int m) {
     const Results<T> other = convolve(c, m, x, weight, grad, queue);
     CHECK(other.y.same_bits(first.y) && other.d_x.same_bits(first.d_x) &&
           other.d_weight.same_bits(first.d_weight));
+  }
+}
+
+// The first half of the images are values, the second their tangents.
+template <class T>
+void check_dual(const Setting& setting, const Case& c, int m, bool transposed) {
+  const int64_t inputs = c.size.channels, values = c.values() / 2, outputs = c.output_values() / 2;
+  const auto x = random_array<T>(c.values()), weight = random_array<T>(c.outputs * inputs * 9);
+  Array<T> tangent(weight.size());
+  for (int64_t i = 0; i < weight.size(); ++i) tangent[i] = weight[weight.size() - 1 - i];
+  std::vector<double> wanted(c.output_values());
+  const Case half{{c.size.n / 2, inputs, c.size.height, c.size.width}, c.outputs};
+  each_product(half, [&](int64_t o, int64_t i, int64_t k) {
+    const int64_t from = transposed ? values : 0, to = transposed ? 0 : outputs;  // through the tangent
+    wanted[o] += static_cast<double>(x[i]) * weight[k];
+    wanted[outputs + o] += static_cast<double>(x[values + i]) * weight[k];
+    wanted[to + o] += static_cast<double>(x[from + i]) * tangent[k];
+  });
+  Transformed<T> w(m, inputs, c.outputs), w_tangent(m, inputs, c.outputs);
+  for (const Queue& queue : setting.queues) {
+    const Winograd<T>& launchers = winograd_cpu<T>();
+    launchers.weight(weight.data(), c.outputs, inputs, m, false, w.data(), queue);
+    launchers.weight(tangent.data(), c.outputs, inputs, m, false, w_tangent.data(), queue);
+    Array<T> y(c.output_values(), 1);
+    launchers.convolve({x.data(),
+                        c.size,
+                        c.outputs,
+                        std::as_const(w).data(),
+                        std::as_const(w_tangent).data(),
+                        transposed,
+                        {},
+                        y.data()},
+                       m, queue);
+    check_close("values and tangents", y, wanted);
+  }
+}
+
+template <class T>
+void check_columns(const Setting& setting, const Neighbourhoods& size) {
+  const int64_t pixels = size.rows() * size.columns();
+  const auto images = random_array<T>(size.n * size.channels * size.height * size.width);
+  const auto columns = random_array<T>(size.n * pixels * size.row);
+  std::vector<double> laid_out(columns.size()), folded(images.size());
+  for (int64_t i = 0; i < size.n * pixels; ++i)
+    for (int64_t k = 0; k < 9 * size.channels; ++k) {
+      const int64_t y = i % pixels / size.columns() - size.pad_y + k % 9 / 3;
+      const int64_t x = i % size.columns() - size.pad_x + k % 3;
+      if (y < 0 || y >= size.height || x < 0 || x >= size.width) continue;
+      const int64_t at = ((i / pixels * size.channels + k / 9) * size.height + y) * size.width + x;
+      laid_out[i * size.row + k] = images[at];
+      folded[at] += columns[i * size.row + k];
+    }
+  for (const Queue& queue : setting.queues) {
+    Array<T> rows(columns.size()), sums(images.size());
+    winograd_cpu<T>().columns(images.data(), size, rows.data(), queue);
+    winograd_cpu<T>().columns_transposed(columns.data(), size, sums.data(), queue);
+    check_close("columns", rows, laid_out);
+    check_close("images of columns", sums, folded);
   }
 }
 
@@ -160,9 +215,15 @@ void check_all(const Setting& setting) {
       check_convolution<T>(setting, {{3, 8, side, side + 1}, 5}, m);
     check_convolution<T>(setting, {{0, 8, 4, 4}, 5}, m);
     check_convolution<T>(setting, {{9, 32, 8, 8}, 64}, m);
+    for (const bool transposed : {false, true}) {
+      check_dual<T>(setting, {{4, 5, 6, 7}, 18}, m, transposed);
+      check_dual<T>(setting, {{2, 20, 49, 50}, 33}, m, transposed);  // more than one block of tiles
+    }
   }
-  for (const int64_t rows : {1, 2, 5, 6, 7, 13, 200})
-    for (const int64_t columns : {1, 8, 17, 64, 83}) check_product<T>(setting, rows, 11, columns);
+  check_columns<T>(setting, {2, 3, 5, 4, 1, 1, 32});
+  check_columns<T>(setting, {1, 1, 1, 7, 3, 2, 9});
+  for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 13, 200})
+    for (const int64_t columns : {1, 8, 17, 32, 64, 83}) check_product<T>(setting, rows, 11, columns);
   check_product<T>(setting, 7, 0, 9);
   check_product<T>(setting, 7, 331, 70);  // more than is kept in cache at once
 }
