@@ -311,8 +311,7 @@ class _Block:
         return out.out
 
     def backward(self, grad: Tensor, grads: _Weights) -> Tensor | None:
-        n, c = self.y.shape[:2]
-        out = norm_pool.Backward(self._grad(n), *self.buffers.rows("d_norm", grad, 2, c))
+        out = norm_pool.Backward(self._grad(), *self.buffers.rows("d_norm", grad, 2, self.y.shape[1]))
         norm_pool.norm_relu_pool_backward(grad, self.y, self.own.scale, self.own.shift, self.statistics, out=out)
         grads.scale.add_(out.scale)
         grads.shift.add_(out.shift)
@@ -340,7 +339,7 @@ class _Block:
     def dual_backward(self, grad: Tensor, grads: _Weights) -> Tensor:
         assert self.tangent is not None
         n, c = len(self.y) // 2, self.y.shape[1]
-        both = self._grad(2 * n)
+        both = self._grad()
         out = norm_pool.DualBackward(both[:n], both[n:], *self.buffers.rows("d_norm", grad, 2, c))
         norm_pool.norm_relu_pool_dual_backward(
             grad[:n],
@@ -361,8 +360,9 @@ class _Block:
         _, c, h, w = self.y.shape
         return self.buffers.planes(self.name + " pooled", self.y, n, c, h // 2, w // 2)
 
-    def _grad(self, n: int) -> Tensor:
-        return self.buffers.planes("d_y", self.y, n, *self.y.shape[1:])
+    def _grad(self) -> Tensor:
+        """Where the gradient of y goes: over y itself where the kernels allow it, which spares the cache."""
+        return self.y if self.y.device.type == "cpu" else self.buffers.planes("d_y", self.y, *self.y.shape)
 
 
 class ConvNetStep:

@@ -249,6 +249,32 @@ def test_preallocated_results_may_be_halves_of_a_batch(backend: Backend) -> None
     assert torch.equal(got.statistics, expected.statistics)
 
 
+@each_dtype
+@pytest.mark.parametrize("shape", [(2, 17, 5, 7), (64, 128, 32, 32)], ids=str)  # the second is written past the caches
+def test_on_the_cpu_the_gradient_may_be_written_over_y(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(6)
+    y, tangent = (planes(shape, generator).to(dtype) for _ in range(2))
+    grads = [planes((*shape[:2], shape[2] // 2, shape[3] // 2), generator).to(dtype) for _ in range(2)]
+    scale, scale_tangent, shift = (channels(shape, generator, 0.5).to(dtype) for _ in range(3))
+    statistics = norm_relu_pool_forward(y, scale, shift).statistics
+    wanted = norm_relu_pool_backward(grads[0], y, scale, shift, statistics)
+    over = y.clone()
+    found = norm_relu_pool_backward(
+        grads[0], over, scale, shift, statistics, out=wanted._replace(y=over, scale=scale.clone(), shift=shift.clone())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+    point = y, tangent, scale, scale_tangent, shift
+    statistics = norm_relu_pool_dual(*point, shift).statistics
+    wanted_dual = norm_relu_pool_dual_backward(*grads, *point, statistics)
+    over, over_tangent = y.clone(), tangent.clone()
+    found_dual = norm_relu_pool_dual_backward(
+        *grads, over, over_tangent, *point[2:], statistics, out=wanted_dual._replace(y=over, y_tangent=over_tangent)
+    )
+    again = norm_relu_pool_dual_backward(*grads, *point, statistics)
+    assert all(torch.equal(a, b) for a, b in zip(found_dual, again, strict=True))
+
+
 @pytest.mark.usefixtures("two_threads")
 @each_dtype
 def test_bits_do_not_depend_on_the_threads(dtype: torch.dtype, backend: Backend) -> None:

@@ -27,7 +27,8 @@ struct Dual {
   T *value, *tangent;
 };
 
-// The launchers of one device; T is float or double. Pointers are to that device's memory and do not overlap.
+// The launchers of one device; T is float or double. Pointers are to that device's memory and do not overlap,
+// but on the CPU grad_y may be y, so that planes in cache are written where they were read.
 // Launchers return the device's error code, 0 for success. Sums over images are in a fixed order.
 template <class T>
 struct NormPool {
