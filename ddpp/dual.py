@@ -362,7 +362,8 @@ class _Block:
 
     def _grad(self) -> Tensor:
         """Where the gradient of y goes: over y itself where the kernels allow it, which spares the cache."""
-        return self.y if self.y.device.type == "cpu" else self.buffers.planes("d_y", self.y, *self.y.shape)
+        over = self.y.device.type == "cpu" and self.y.is_contiguous(memory_format=torch.channels_last)
+        return self.y if over else self.buffers.planes("d_y", self.y, *self.y.shape)
 
 
 class ConvNetStep:
