@@ -177,7 +177,7 @@ def _train_one(
         on_epoch=end_epoch,
     )
     if not finite:
-        raise UserError(f"teacher {index} diverged: its loss was not finite. Lower the teachers' lr.")
+        raise UserError(f"teacher {index} diverged: its parameters are not finite. Lower the teachers' lr.")
     return snapshots, accuracy, flat.layout(model)
 
 
