@@ -173,6 +173,7 @@ def _train_one(
         groups=_groups(config, dataset),
         mode=config.augment.mode,
         fused=config.run.use_fused_kernels,
+        tile=config.run.winograd,
         on_step=on_step,
         on_epoch=end_epoch,
     )

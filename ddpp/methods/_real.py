@@ -38,6 +38,7 @@ def trained_network(problem: Problem, on_epoch: Callable[[Network], None] | None
         seed=seed,
         device=problem.device,
         fused=config.run.use_fused_kernels,
+        tile=config.run.winograd,
         on_epoch=None if on_epoch is None else lambda: on_epoch(network),
     )
     if not finite:
