@@ -1,17 +1,23 @@
 """Epochs of training, as teachers and evaluation run them, against a plain PyTorch loop over equal tensors.
 
 The plain loop has no data loader either; it draws each batch's augmentation by itself and applies it unfused.
-``extra_info`` holds epochs per second of the fastest round.
+``extra_info`` holds epochs per second of the fastest round. As a table, the rounds of all sides interleaved:
+
+    python benchmarks/bench_training.py [--threads 2] [--rounds 5]
+
+The allocator keeps its pages for every side (see conftest.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from machine import processor
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -50,8 +56,9 @@ CASES = {
 }
 
 
-def ours(case: Case, images: Tensor, labels: Tensor) -> None:
-    training.fit(case.network(), images, labels, case.recipe, seed=0, device=CPU, groups=augment.GROUPS, mode=case.mode)
+def ours(case: Case, images: Tensor, labels: Tensor, **options: object) -> None:
+    draws = {"seed": 0, "groups": augment.GROUPS, "mode": case.mode}
+    training.fit(case.network(), images, labels, case.recipe, device=CPU, **draws, **options)
 
 
 def plain(case: Case, images: Tensor, labels: Tensor) -> None:
@@ -67,11 +74,47 @@ def plain(case: Case, images: Tensor, labels: Tensor) -> None:
             optimizer.step()
 
 
-@pytest.mark.parametrize("loop", [ours, plain])
+PLAIN = "plain PyTorch"
+SIDES = {
+    PLAIN: plain,
+    "without fused kernels": partial(ours, fused=False),
+    "ddpp": ours,
+    "ddpp, F(4, 3)": partial(ours, tile=4),
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", CASES)
-def test_epochs(benchmark: BenchmarkFixture, name: str, loop: Callable[[Case, Tensor, Tensor], None]) -> None:
+def test_epochs(benchmark: BenchmarkFixture, name: str, side: str) -> None:
     case = CASES[name]
     benchmark.group = name
-    benchmark.pedantic(loop, args=(case, *case.examples()), rounds=3, warmup_rounds=1)
+    benchmark.pedantic(SIDES[side], args=(case, *case.examples()), rounds=3, warmup_rounds=1)
     if benchmark.stats:
         benchmark.extra_info["epochs per second"] = case.recipe.epochs / benchmark.stats.stats.min
+
+
+def row(name: str, rounds: int) -> str:
+    """Epochs per second of each side, by medians."""
+    from ratios import medians
+
+    case = CASES[name]
+    examples = case.examples()
+    seconds = medians({side: partial(loop, case, *examples) for side, loop in SIDES.items()}, rounds, repeats=1)
+    cells = [f"{case.recipe.epochs / s:.3g} ({seconds[PLAIN] / s:.2f}x)" for s in seconds.values()]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(f"{processor()}, {args.threads} threads, torch {torch.__version__}\n")
+    print(f"| epochs per second | {' | '.join(SIDES)} |\n|---|{'---|' * len(SIDES)}")
+    for name in CASES:
+        print(row(name, args.rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -126,7 +126,8 @@ def _add_option(group: Any, table: type, f: Any, section: str, own: str) -> None
     elif many:
         group.add_argument(name, nargs="+", metavar="NAME", **common)
     else:
-        metavar = "{" + ",".join(f.metadata["choices"]) + "}" if f.metadata["choices"] else scalar.__name__.upper()
+        choices = ",".join(map(str, f.metadata["choices"]))
+        metavar = f"{{{choices}}}" if choices else scalar.__name__.upper()
         group.add_argument(name, type=scalar, metavar=metavar, **common)
 
 

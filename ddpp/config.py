@@ -18,7 +18,7 @@ from ddpp.errors import UserError, nearest
 
 
 def option(
-    default: Any, text: str, *, choices: tuple[str, ...] = (), low: float | None = None, high: float | None = None
+    default: Any, text: str, *, choices: tuple[Any, ...] = (), low: float | None = None, high: float | None = None
 ) -> Any:
     """A dataclass field with its help sentence and the values it accepts."""
     return field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
@@ -139,9 +139,6 @@ class DistillConfig:
         choices=("adjoint", "unrolled", "tesla"),
     )
     keep_every: int = option(1, "Inner steps between kept student parameters; those between are computed again.", low=1)
-    winograd: int = option(
-        2, "Side of a ConvNet's Winograd tiles on the CPU: 2, 4 (faster, less exact) or 0, none.", low=0, high=4
-    )
     snapshot_every: int = option(100, "Outer steps between saved snapshots, which --select chooses from.", low=1)
     checkpoint_every: int = option(50, "Outer steps between checkpoints.", low=1)
     kip_kernel: str = option(
@@ -180,7 +177,12 @@ class RunConfig:
     seed: int = option(0, "Seed of every random draw.", low=0)
     device: str = option("auto", "Device to run on: auto, cpu, cuda or cuda:N.")
     threads: int | None = option(None, "CPU threads; by default as many as torch chooses.", low=1)
-    use_fused_kernels: bool = option(True, "Compiled kernels for loss and augmentation; without, pure PyTorch.")
+    use_fused_kernels: bool = option(
+        True, "Compiled kernels for loss, augmentation and the ConvNet's step; without, pure PyTorch."
+    )
+    winograd: int = option(
+        2, "Side of a ConvNet's Winograd tiles on the CPU: 2, 4 (faster, less exact) or 0, none.", choices=(0, 2, 4)
+    )
 
 
 @dataclass(frozen=True)
@@ -290,9 +292,8 @@ def _checked(section: type, entry: Any, value: Any, where: str) -> Any:
         raise UserError(f"{where} must be of type {scalar.__name__}, got {value!r}")
     meta = entry.metadata
     if meta["choices"] and value not in meta["choices"]:
-        raise UserError(
-            f"{where} must be one of {', '.join(meta['choices'])}, got {value!r}{nearest(str(value), meta['choices'])}"
-        )
+        names = [str(choice) for choice in meta["choices"]]
+        raise UserError(f"{where} must be one of {', '.join(names)}, got {value!r}{nearest(str(value), names)}")
     if scalar in (int, float):
         low, high = meta["low"], meta["high"]
         if value != value or (low is not None and value < low) or (high is not None and value > high):

@@ -120,6 +120,7 @@ def _network(
         groups=groups,
         mode=config.augment.mode,
         fused=config.run.use_fused_kernels,
+        tile=config.run.winograd,
     )
     images, labels = _of_classes(dataset.test_images, dataset.test_labels, seen)
     return training.accuracy(network, images, labels, device=device)

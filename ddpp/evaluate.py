@@ -57,6 +57,7 @@ class Evaluation:
             mode=self.config.augment.mode,
             seed=seed,
             fused=self.config.run.use_fused_kernels,
+            tile=self.config.run.winograd,
             device=self.device,
         )
         self.progress.update()

@@ -137,6 +137,7 @@ def _trained(
         groups=augment.groups_for(config.augment.strategy, dataset.strategy),
         mode=config.augment.mode,
         fused=config.run.use_fused_kernels,
+        tile=config.run.winograd,
     )
     seconds = time.perf_counter() - began
     found = training.accuracy(network, dataset.test_images, dataset.test_labels, device=device)

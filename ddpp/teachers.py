@@ -173,11 +173,12 @@ def _train_one(
         groups=_groups(config, dataset),
         mode=config.augment.mode,
         fused=config.run.use_fused_kernels,
+        tile=config.run.winograd,
         on_step=on_step,
         on_epoch=end_epoch,
     )
     if not finite:
-        raise UserError(f"teacher {index} diverged: its loss was not finite. Lower the teachers' lr.")
+        raise UserError(f"teacher {index} diverged: its parameters are not finite. Lower the teachers' lr.")
     return snapshots, accuracy, flat.layout(model)
 
 

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpp import augment, seeds
+from ddpp.dual import ConvNetStep
 from ddpp.errors import UserError
+from ddpp.models import Network, flat
 from ddpp.ops import dsa_augment
+from ddpp.ops._library import implementation
 
 _STEPS_DRAWN_AT_ONCE = 64
 
@@ -50,6 +53,7 @@ def fit(
     groups: Collection[str] = (),
     mode: str = "one",
     fused: bool = True,
+    tile: int = 2,
     on_step: Callable[[], None] | None = None,
     on_epoch: Callable[[], None] | None = None,
 ) -> bool:
@@ -62,12 +66,14 @@ def fit(
             -sum softmax(labels) log_softmax(outputs), as in DATM (arXiv 2310.05773).
         groups: augmentation groups, none for no augmentation.
         mode: ``"one"`` group a batch, or ``"all"`` of them.
-        fused: compiled augmentation, or pure PyTorch.
+        fused: compiled kernels for the augmentation and for the gradient of a ConvNet that :mod:`ddpp.dual` suits,
+            whose parameters become views of one flat vector; False is pure PyTorch.
+        tile: side of that ConvNet's Winograd tiles on the CPU: 2, 4 (faster, less exact) or 0, none.
         on_step: called after each update.
         on_epoch: called after each epoch.
 
     Returns:
-        Whether every loss was finite. A network that diverged keeps what it became.
+        Whether every parameter is finite: one that once was not stays so. A network that diverged keeps what it became.
 
     Raises:
         UserError: no images, or not as many labels.
@@ -76,45 +82,69 @@ def fit(
         raise UserError(f"training needs one label an image, got {len(images)} and {len(labels)}")
     model.to(device).train()
     images, labels = images.to(device), labels.to(device)
-    targets = labels.softmax(1) if labels.is_floating_point() else labels
-    optimizer = _sgd(model, recipe, recipe.lr)
-    losses = torch.zeros((), device=device)  # stays on the device: nothing waits for it before the end
+    gradients = _gradients(model, device, fused, tile)
+    optimizer = _sgd(gradients.parameters, recipe, recipe.lr)
     for epoch, batches in enumerate(_epochs(images.shape, recipe, seed, device, groups, mode)):
         if recipe.decay and epoch == recipe.epochs // 2 + 2:
-            optimizer = _sgd(model, recipe, recipe.lr * 0.1)
+            optimizer = _sgd(gradients.parameters, recipe, recipe.lr * 0.1)
         for chosen, plan in batches:
             batch = images[chosen] if plan is None else dsa_augment(images[chosen], plan, fused=fused)
-            losses += _backward(model, batch, targets[chosen])
+            gradients.set(batch, labels[chosen])
             if recipe.sharpness_radius:
-                _flatten_gradient(model, batch, targets[chosen], recipe)
+                _flatten_gradient(gradients, batch, labels[chosen], recipe)
             optimizer.step()
             if on_step:
                 on_step()
         if on_epoch:
             on_epoch()
-    return bool(torch.isfinite(losses))
+    return bool(torch.stack([torch.isfinite(p).all() for p in gradients.parameters]).all())
 
 
-def _backward(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-    """Sets the gradients of the cross-entropy and returns it. []"""
-    model.zero_grad()
-    loss = F.cross_entropy(model(images), targets)
-    loss.backward()
-    return loss.detach()
+class _Autograd:
+    """Sets the gradients of any network's mean cross-entropy by its parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.parameters = model, list(model.parameters())
+
+    def set(self, images: Tensor, labels: Tensor) -> None:
+        self.model.zero_grad()
+        targets = labels.softmax(1) if labels.is_floating_point() else labels
+        F.cross_entropy(self.model(images), targets).backward()
 
 
-def _flatten_gradient(model: nn.Module, images: Tensor, targets: Tensor, recipe: Recipe) -> None:
+class _Fused:
+    """The same for a ConvNet, by one flat vector, of which the network's parameters become views."""
+
+    def __init__(self, model: Network, tile: int) -> None:
+        self.step, self.theta = ConvNetStep(model, tile), nn.Parameter(flat.flatten(model))
+        self.parameters = [self.theta]
+        views = flat.unflatten(self.theta.detach(), self.step.layout)
+        for name, parameter in model.named_parameters():
+            parameter.data = views[name]
+
+    def set(self, images: Tensor, labels: Tensor) -> None:
+        self.theta.grad = self.step.gradient(self.theta.detach(), images, labels)
+
+
+def _gradients(model: nn.Module, device: torch.device, fused: bool, tile: int) -> _Autograd | _Fused:
+    compiled = implementation("norm_relu_pool", device.type)[0] != "pure PyTorch"  # without, autograd is faster
+    if fused and compiled and isinstance(model, Network) and ConvNetStep.suits(model):
+        return _Fused(model, tile)
+    return _Autograd(model)
+
+
+def _flatten_gradient(gradients: _Autograd | _Fused, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
     """Replaces the gradients g by GSAM's: h - weight (g - its part along h), h the gradient at the worst place near.
 
     That place is theta + radius theta^2 g / |theta g| (adaptive). Equations 4 to 6 of arXiv 2203.08065.
     """
-    plain = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+    plain = [(p, p.grad.clone()) for p in gradients.parameters if p.grad is not None]
     with torch.no_grad():
         scale = recipe.sharpness_radius / (_norm([p * g for p, g in plain]) + 1e-12)
         before = [p.clone() for p, _ in plain]
         for p, g in plain:
             p.add_(scale * p.square() * g)
-    _backward(model, images, targets)
+    gradients.set(images, labels)
     with torch.no_grad():
         worst = [(g, p.grad) for p, g in plain if p.grad is not None]
         along = torch.stack([(g * h).sum() for g, h in worst]).sum() / (_norm([h for _, h in worst]).square() + 1e-12)
@@ -143,10 +173,8 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, device: torch.
     return 100 * int(right) / len(labels)
 
 
-def _sgd(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        model.parameters(), lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True
-    )
+def _sgd(parameters: list[nn.Parameter], recipe: Recipe, lr: float) -> torch.optim.SGD:
+    return torch.optim.SGD(parameters, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
 
 
 def _epochs(

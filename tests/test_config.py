@@ -60,6 +60,7 @@ def test_other_stages_options_carry_their_section(capsys: pytest.CaptureFixture[
         (["--epsilon", "1.5"], "must be between 0 and 1, got 1.5"),
         (["--lr-pixels", "nan"], "must be at least 0, got nan"),
         (["--init", "noisy"], "must be one of real, correct, noise, got 'noisy'; did you mean 'noise'?"),
+        (["--winograd", "3"], "--winograd: run.winograd must be one of 0, 2, 4, got 3"),
         (["--preset", "mtt-cifar10-ip10"], "unknown preset 'mtt-cifar10-ip10'; did you mean 'mtt-cifar10-ipc10'?"),
         (["--preset", "dm-cifar10-ipc1", "--dataset", "digits"], "is a setting for cifar10, not for digits"),
         (["--config", "absent.toml"], "cannot read the configuration file absent.toml"),

@@ -1,5 +1,6 @@
 """Training on images in memory: the update rule, augmentation, labels, and what divergence does."""
 
+import itertools
 import math
 
 import pytest
@@ -12,13 +13,14 @@ from ddpp.augment import GROUPS
 from ddpp.config import ModelConfig
 from ddpp.errors import UserError
 from ddpp.models import Network, flat
+from ddpp.ops._library import implementation
 from ddpp.training import Recipe
 
 CPU = torch.device("cpu")
 
 
 def network(seed: int = 0) -> Network:
-    return models.build(ModelConfig(width=8, depth=1), (1, 8, 8), 3, seed=seed)
+    return models.build(ModelConfig(width=8, depth=2), (1, 8, 8), 3, seed=seed)
 
 
 def examples(count: int = 30) -> tuple[Tensor, Tensor]:
@@ -59,6 +61,53 @@ def test_a_step_is_sgd_with_momentum_and_weight_decay() -> None:
         theta = theta - 0.05 * velocity
     found = trained(Recipe(3, lr=0.05, momentum=0.9, weight_decay=0.01, batch=30))
     torch.testing.assert_close(found, theta, atol=1e-5, rtol=1e-4)
+
+
+RECIPES = {
+    "everything": Recipe(6, lr=0.05, momentum=0.9, weight_decay=0.01, batch=8, decay=True),
+    "flat minima": Recipe(3, lr=0.05, batch=8, sharpness_radius=0.05, sharpness_weight=0.3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("tile", [0, 2, 4])
+def test_compiled_kernels_train_as_pure_pytorch_does(tile: int, recipe: Recipe, soft: bool, dtype: torch.dtype) -> None:
+    images, labels = examples()
+    if soft:
+        labels = torch.randn(30, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def end(**options: object) -> Tensor:
+        model = network().to(dtype)
+        training.fit(model, images.to(dtype), labels, recipe, seed=1, device=CPU, groups=GROUPS, mode="all", **options)
+        return flat.flatten(model)
+
+    atol = 1e-11 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(end(tile=tile), end(fused=False), atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_network_follows_each_step(fused: bool) -> None:
+    model, (images, labels) = network(), examples()
+    seen = [flat.flatten(model)]
+    recipe = Recipe(2, lr=0.1, batch=10)
+    options = {"seed": 0, "device": CPU, "fused": fused}
+    training.fit(model, images, labels, recipe, on_step=lambda: seen.append(flat.flatten(model)), **options)
+    assert all(not torch.equal(before, after) for before, after in itertools.pairwise(seen))
+    assert torch.equal(seen[-1], flat.flatten(model))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_compiled_kernels_only_where_they_are_wanted_and_suit(fused: bool) -> None:
+    """The parameters are then views of one vector."""
+    compiled = implementation("norm_relu_pool", "cpu")[0] == "C++"
+    for activation in ("relu", "sigmoid"):
+        model = models.build(ModelConfig(width=8, activation=activation), (1, 8, 8), 3, seed=0)
+        images, labels = examples()
+        training.fit(model, images, labels, Recipe(1, lr=0.1), seed=0, device=CPU, fused=fused)
+        memories = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        assert (len(memories) == 1) == (fused and compiled and activation == "relu")
 
 
 def test_the_rate_falls_once_and_the_momentum_is_lost() -> None:
@@ -114,9 +163,10 @@ def test_soft_labels_are_logits() -> None:
     torch.testing.assert_close(trained(Recipe(1, lr=0.1, batch=30), soft), theta.detach() - 0.1 * gradient)
 
 
-def test_divergence_is_told_and_not_raised() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_divergence_is_told_and_not_raised(fused: bool) -> None:
     model, (images, labels) = network(), examples()
-    assert not training.fit(model, images, labels, Recipe(4, lr=1e30, batch=8), seed=0, device=CPU)
+    assert not training.fit(model, images, labels, Recipe(4, lr=1e30, batch=8), seed=0, device=CPU, fused=fused)
     assert 0 <= training.accuracy(model, images, labels, device=CPU) <= 100
 
 

@@ -24,7 +24,7 @@ def trained_network(problem: Problem, on_epoch: Callable[[Network], None] | None
         on_epoch: called with the network after each epoch.
 
     Raises:
-        UserError: its loss did not stay finite.
+        UserError: its parameters did not stay finite.
     """
     config, dataset = problem.config, problem.dataset
     settings, seed = config.teachers, seeds.derive(config.run.seed, "selection")
@@ -38,6 +38,7 @@ def trained_network(problem: Problem, on_epoch: Callable[[Network], None] | None
         seed=seed,
         device=problem.device,
         fused=config.run.use_fused_kernels,
+        tile=config.run.winograd,
         on_epoch=None if on_epoch is None else lambda: on_epoch(network),
     )
     if not finite:

@@ -10,7 +10,6 @@ from ddpp.config import Config, DistillConfig
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.models import flat
-from ddpp.ops import winograd
 from ddpp.pruning import Distance
 from ddpp.synthetic import Synthetic
 from ddpp.unroll import matching_gradients, provider
@@ -30,13 +29,11 @@ class DDPP:
 
     @staticmethod
     def check(config: Config) -> None:
-        """Refuses a start bound and span that reach beyond the teachers, and unknown Winograd tiles.
+        """Refuses a start bound and span that reach beyond the teachers.
 
         Raises:
             UserError: they do.
         """
-        if config.distill.winograd not in (0, *winograd.TILES):
-            raise UserError(f"--winograd must be 0, 2 or 4, got {config.distill.winograd}")
         settings, epochs = config.distill, config.teachers.epochs
         bound, span = settings.max_start_epoch, settings.teacher_span
         if bound - 1 + span > epochs:
@@ -55,7 +52,7 @@ class DDPP:
         self.problem = problem
         self.distance = self._distance()
         name = "auto" if problem.config.run.use_fused_kernels else "autograd"
-        self.step = provider(problem.network, name, tile=problem.config.distill.winograd)
+        self.step = provider(problem.network, name, tile=problem.config.run.winograd)
 
     def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
         settings, problem = self.problem.config.distill, self.problem
