@@ -123,7 +123,9 @@ def _network(
         tile=config.run.winograd,
     )
     images, labels = _of_classes(dataset.test_images, dataset.test_labels, seen)
-    return training.accuracy(network, images, labels, device=device)
+    return training.accuracy(
+        network, images, labels, device=device, fused=config.run.use_fused_kernels, tile=config.run.winograd
+    )
 
 
 def _of_classes(images: Tensor, labels: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

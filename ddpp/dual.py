@@ -391,6 +391,14 @@ class ConvNetStep:
         starts = range(0, len(modules), _BLOCK)
         return bool(modules) and all(_is_block(modules[i : i + _BLOCK], first=i == 0) for i in starts)
 
+    def logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        """The network's outputs. [n, K]"""
+        blocks, (own, (weight, bias)) = self._blocks(theta), self._views(theta)
+        for block, parameters in zip(blocks, own, strict=True):
+            block.load(parameters)
+        parts = images.split(self._size(images))
+        return torch.cat([torch.addmm(bias, _through(blocks, x).flatten(1), weight.t()) for x in parts])
+
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """d/dtheta of the mean cross-entropy; labels are class indices or the logits of soft ones. [P]"""
         gradient = torch.zeros_like(theta)
@@ -400,8 +408,7 @@ class ConvNetStep:
         for block, parameters in zip(blocks, own, strict=True):
             block.load(parameters)
         for x, target in self._micro_batches(images, targets):
-            for block in blocks:
-                x = block.forward(x)
+            x = _through(blocks, x)
             features = x.flatten(1)
             d_logits = (torch.addmm(bias, features, weight.t()).softmax(1) - target) / len(images)
             d_weight.addmm_(d_logits.t(), features)
@@ -488,6 +495,12 @@ class ConvNetStep:
     def _finish(self, blocks: Sequence[_Block], grads: Sequence[_Weights]) -> None:
         for block, sums in zip(blocks, grads, strict=True):
             block.convolution.finish(sums.weight)
+
+
+def _through(blocks: Sequence[_Block], x: Tensor) -> Tensor:
+    for block in blocks:
+        x = block.forward(x)
+    return x  # [n, C, H, W]
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ddpp import config as configuration
 from ddpp.config import Config, ModelConfig
 from ddpp.data import Dataset
 from ddpp.errors import UserError
+from ddpp.models import Network
 from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
@@ -63,10 +64,8 @@ class Evaluation:
         self.progress.update()
         held_out = None
         if len(self.dataset.val_labels):
-            held_out = training.accuracy(network, self.dataset.val_images, self.dataset.val_labels, device=self.device)
-        return Scores(
-            training.accuracy(network, self.dataset.test_images, self.dataset.test_labels, device=self.device), held_out
-        )
+            held_out = self._accuracy(network, self.dataset.val_images, self.dataset.val_labels)
+        return Scores(self._accuracy(network, self.dataset.test_images, self.dataset.test_labels), held_out)
 
     def random(self, model: str, ipc: int, recipe: Recipe) -> list[Scores]:
         """As many real images as there are synthetic ones, another random choice for each network."""
@@ -101,6 +100,12 @@ class Evaluation:
         """How networks are trained on a synthetic set: at its learned step size unless a rate is given."""
         settings = self.config.evaluate
         return self._recipe(settings.epochs, settings.lr if settings.lr is not None else float(trained_on.step_size))
+
+    def _accuracy(self, network: Network, images: Tensor, labels: Tensor) -> float:
+        run = self.config.run
+        return training.accuracy(
+            network, images, labels, device=self.device, fused=run.use_fused_kernels, tile=run.winograd
+        )
 
     def _recipe(self, epochs: int, lr: float) -> Recipe:
         settings = self.config.evaluate

@@ -140,7 +140,14 @@ def _trained(
         tile=config.run.winograd,
     )
     seconds = time.perf_counter() - began
-    found = training.accuracy(network, dataset.test_images, dataset.test_labels, device=device)
+    found = training.accuracy(
+        network,
+        dataset.test_images,
+        dataset.test_labels,
+        device=device,
+        fused=config.run.use_fused_kernels,
+        tile=config.run.winograd,
+    )
     return {"accuracy": found, "seconds": seconds}
 
 

@@ -156,7 +156,11 @@ def _train_one(
 
     def keep() -> None:
         snapshots.append(flat.flatten(model).cpu())
-        accuracy.append(training.accuracy(model, images, labels, device=device))
+        accuracy.append(
+            training.accuracy(
+                model, images, labels, device=device, fused=config.run.use_fused_kernels, tile=config.run.winograd
+            )
+        )
 
     def end_epoch() -> None:
         keep()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -127,10 +128,14 @@ class _Fused:
 
 
 def _gradients(model: nn.Module, device: torch.device, fused: bool, tile: int) -> _Autograd | _Fused:
-    compiled = implementation("norm_relu_pool", device.type)[0] != "pure PyTorch"  # without, autograd is faster
-    if fused and compiled and isinstance(model, Network) and ConvNetStep.suits(model):
+    if fused and isinstance(model, Network) and _suits(model, device):
         return _Fused(model, tile)
     return _Autograd(model)
+
+
+def _suits(model: Network, device: torch.device) -> bool:
+    compiled = implementation("norm_relu_pool", device.type)[0] != "pure PyTorch"  # without, autograd is faster
+    return compiled and ConvNetStep.suits(model)
 
 
 def _flatten_gradient(gradients: _Autograd | _Fused, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
@@ -159,16 +164,30 @@ def _norm(parts: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, *, device: torch.device, batch: int = 500) -> float:
+def accuracy(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    device: torch.device,
+    batch: int = 500,
+    fused: bool = True,
+    tile: int = 2,
+) -> float:
     """Share of images [N, C, H, W] that a network classifies as their labels [N] say, in percent.
+
+    ``fused`` and ``tile`` as in :func:`fit`.
 
     A network whose outputs are not numbers has the accuracy of always answering the first class.
     """
     training = model.training
     model.eval()
+    outputs: Callable[[Tensor], Tensor] = model
+    if fused and isinstance(model, Network) and _suits(model, device):
+        outputs = partial(ConvNetStep(model, tile).logits, flat.flatten(model))
     right = torch.zeros((), dtype=torch.int64, device=device)
     for part, truth in zip(images.split(batch), labels.split(batch), strict=True):
-        right += (model(part.to(device)).argmax(1) == truth.to(device)).sum()
+        right += (outputs(part.to(device)).argmax(1) == truth.to(device)).sum()
     model.train(training)
     return 100 * int(right) / len(labels)
 

@@ -41,6 +41,7 @@ def close(found: Tensor | None, wanted: Tensor | None) -> bool:
 def agree(step: ConvNetStep, net: nn.Module, theta: Tensor, adjoint: Tensor, images: Tensor, labels: Tensor) -> None:
     plain = AutogradStep(net)
     assert close(step.gradient(theta, images, labels), plain.gradient(theta, images, labels))
+    assert close(step.logits(theta, images), flat.call(net, theta, images))
     found, wanted = (s.adjoint(theta, adjoint, images, labels) for s in (step, plain))
     for name in StepAdjoint._fields:
         assert close(getattr(found, name), getattr(wanted, name)), name

@@ -185,7 +185,9 @@ def test_accuracy_is_a_share_in_percent_and_leaves_the_mode() -> None:
     answers = model(images).argmax(1)
     expected = 100 * float((answers == labels).float().mean())
     model.train()
-    assert math.isclose(training.accuracy(model, images, labels, device=CPU, batch=4), expected, rel_tol=1e-6)
+    for fused in (True, False):
+        found = training.accuracy(model, images, labels, device=CPU, batch=4, fused=fused)
+        assert math.isclose(found, expected, rel_tol=1e-6)
     assert model.training
 
 
