@@ -26,7 +26,7 @@ from ddpp.models import Network, flat
 from ddpp.ops import norm_pool, winograd
 from ddpp.ops._library import ops
 
-MICRO_BATCH = 10  # images at a time on the CPU: a ConvNet's first layer at 32x32 and width 128 is then 5 MB
+MICRO_PIXELS = 10 * 32 * 32  # at a time on the CPU: a ConvNet's first layer of width 128 is then 5 MB
 _BLOCK = 4  # modules, and parameters, of a block
 
 
@@ -486,7 +486,8 @@ class ConvNetStep:
         return F.one_hot(labels, self.network.classifier.out_features).to(theta.dtype)
 
     def _size(self, images: Tensor) -> int:
-        return MICRO_BATCH if images.device.type == "cpu" else len(images)
+        """Images of a micro-batch."""
+        return max(1, MICRO_PIXELS // images[0, 0].numel()) if images.device.type == "cpu" else len(images)
 
     def _micro_batches(self, images: Tensor, targets: Tensor) -> zip[tuple[Tensor, Tensor]]:
         size = self._size(images)

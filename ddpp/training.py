@@ -134,7 +134,8 @@ def _gradients(model: nn.Module, device: torch.device, fused: bool, tile: int) -
 
 
 def _suits(model: Network, device: torch.device) -> bool:
-    compiled = implementation("norm_relu_pool", device.type)[0] != "pure PyTorch"  # without, autograd is faster
+    known = device.type in ("cpu", "cuda")
+    compiled = known and implementation("norm_relu_pool", device.type)[0] != "pure PyTorch"  # else autograd is faster
     return compiled and ConvNetStep.suits(model)
 
 
