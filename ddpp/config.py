@@ -181,6 +181,8 @@ class RunConfig:
     device: str = option("auto", "Device to run on: auto, cpu, cuda or cuda:N.")
     threads: int | None = option(None, "CPU threads; by default as many as torch chooses.", low=1)
     use_fused_kernels: bool = option(True, "Compiled kernels for loss and augmentation; without, pure PyTorch.")
+    cuda_graphs: bool = option(True, "On a GPU, capture student steps as CUDA graphs and replay them.")
+    tf32: bool = option(False, "On a GPU, round factors of convolutions and products to TF32: faster, less exact.")
 
 
 @dataclass(frozen=True)
