@@ -72,7 +72,7 @@ class _Recording:
 
 
 class GraphedStep:
-    """A :class:`ddpp.dual.Step` whose methods are captured at the first call with arguments of new shapes, and replayed.
+    """A :class:`ddpp.dual.Step` whose methods are captured once for arguments of the same shapes, and replayed.
 
     Results are copies: they stay as they are at the next call. Beyond :data:`MOST_GRAPHS` combinations of shapes, and
     after a capture that failed, arguments of new shapes are computed without a graph.
