@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import gc
 import json
 import statistics
 import time
@@ -169,26 +170,30 @@ def outer_steps(clock: Clock, small: bool) -> Iterator[tuple[dict[str, Any], dic
         exact = matching_gradients(**_in_float64(problem), engine="unrolled", fused=False)
         for precision, tf32 in (("float32", False), ("TF32", True)):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-            sides = _sides(problem)
+            memory = _peaks(_sides(problem), device)
+            sides = {side: make() for side, make in _sides(problem).items()}
             row = {
                 "case": f"outer step, {name}, {precision}",
                 "ms": clock.medians(sides, 1 if small else 5),
-                "memory_mb": _peaks(sides, device),
+                "memory_mb": memory,
                 "one_minus_cosine": {side: _turned(call(), exact) for side, call in sides.items()},
             }
             yield row, {f"{row['case']}, {side}": by_kernel(sides[side], device) for side in ("pytorch", "fused")}
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
-def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Matching]]:
-    """The reference, every step a graph of autograd, and the adjoint engine, with CUDA graphs and launch by launch."""
+def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Matching]]]:
+    """What makes the reference, every step a graph of autograd, and the adjoint engine with CUDA graphs and without."""
 
     def adjoint(graphs: bool) -> Callable[[], Matching]:
         step = provider(problem["network"], "dual", graphs=graphs)
         return lambda: matching_gradients(**problem, step=step)
 
-    reference = bench_outer_step.side(bench_outer_step.REFERENCE, problem)
-    return {"pytorch": reference, "fused": adjoint(True), "without CUDA graphs": adjoint(False)}
+    return {
+        "pytorch": lambda: bench_outer_step.side(bench_outer_step.REFERENCE, problem),
+        "fused": lambda: adjoint(True),
+        "without CUDA graphs": lambda: adjoint(False),
+    }
 
 
 def by_kernel(call: Side, device: torch.device) -> list[dict[str, Any]]:
@@ -249,16 +254,20 @@ def measure(device: torch.device, small: bool) -> dict[str, Any]:
     }
 
 
-def _peaks(sides: dict[str, Side], device: torch.device) -> dict[str, float] | None:
-    """Peak of torch's allocations above what is held between calls."""
+def _peaks(sides: dict[str, Callable[[], Side]], device: torch.device) -> dict[str, float] | None:
+    """Peak of the memory that torch takes for a side, MB: a graph's is taken, though no tensor holds it any more."""
     if device.type != "cuda":
         return None
     found = {}
-    for name, call in sides.items():
-        before = torch.cuda.memory_allocated(device)
+    for name, make in sides.items():
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
+        call = make()
         call()
-        found[name] = (torch.cuda.max_memory_allocated(device) - before) / 1e6
+        found[name] = (torch.cuda.max_memory_reserved(device) - before) / 1e6
+        del call
     return found
 
 

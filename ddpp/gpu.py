@@ -62,7 +62,8 @@ class _Recording:
             found = run(*own)
             return found if isinstance(found, tuple) else (found,)
 
-        return cls(step, own, *capture(call))
+        with torch.cuda.device_of(own[0]):
+            return cls(step, own, *capture(call))
 
     def __call__(self, arguments: tuple[Tensor, ...]) -> tuple[Any, ...]:
         for own, given in zip(self.arguments, arguments, strict=True):
