@@ -2,19 +2,23 @@
 
     python benchmarks/gpu.py --out benchmarks/results/2026-01-01-device.json
 
-Prints a Markdown table and writes the same as JSON. Every side of a case runs in turn, the second-level cache is
-overwritten before each call, and the median of the device's own clock is taken. ``--small --device cpu`` tries the
-script where there is no GPU; its figures mean nothing.
+Prints Markdown tables and writes the same as JSON: operators with their share of the bandwidth of copying; outer
+steps in float32 and in TF32, with and without CUDA graphs, their memory, and how far their pixels' gradient is from
+float64's; and where the time of an outer step goes, by kernel. Every side of a case runs in turn, the second-level
+cache is overwritten before each call, and the median of the device's own clock is taken. ``--small --device cpu`` tries
+the script where there is no GPU; its figures mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
+import gc
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +26,23 @@ import bench_match_loss
 import bench_norm_pool
 import bench_outer_step
 import torch
+import torch.nn.functional as F
+from bench_outer_step import Case
 from machine import processor
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from ddpp import augment
 from ddpp.ops import dsa_augment, masked_match_loss
+from ddpp.ops import norm_pool as faces
+from ddpp.unroll import Matching, matching_gradients, provider
 
 Side = Callable[[], object]
 ROUNDS = 15
 CACHE = 256 * 2**20  # bytes, larger than any second-level cache
+KERNELS = 15  # of a profile, the slowest ones
+OUTER_STEPS = {"IPC 1, J = 50": Case(1, 10, 50), "batch 100, J = 30": Case(10, 100, 30)}
+SMALL_OUTER_STEPS = {"IPC 1, J = 2": Case(1, 10, 2)}
 
 
 class Clock:
@@ -131,31 +143,90 @@ def norm_pool(device: torch.device, small: bool) -> dict[str, tuple[int, dict[st
         "pytorch": lambda: bench_norm_pool.unrolled(bench_norm_pool.plain, values),
     }
     cases["second order"] = int(bench_norm_pool.PLANES["second order"] * plane), second
+    cases |= {name: (int(planes * plane), {"fused": call}) for name, (planes, call) in single_faces(values).items()}
     return {f"norm-ReLU-pool, {'x'.join(map(str, shape))}, {passes}": case for passes, case in cases.items()}
 
 
-def outer_steps(device: torch.device, small: bool) -> dict[str, dict[str, Side]]:
-    """The reference, every step a graph, against the adjoint engine, both in the same precision."""
-    wanted = (
-        {"IPC 1, J = 2": bench_outer_step.Case(1, 10, 2)}
-        if small
-        else {
-            "IPC 1, J = 50": bench_outer_step.Case(1, 10, 50),
-            "IPC 10, J = 30": bench_outer_step.Case(10, 100, 30),
-        }
-    )
-    cases = {}
-    for name, case in wanted.items():
+def single_faces(values: tuple[Tensor, ...]) -> dict[str, tuple[float, Side]]:
+    """Each face alone, into memory that is there: full-size planes moved, and the call."""
+    y, y_tangent, grad, grad_tangent, scale, shift, scale_tangent, shift_tangent = values
+    point = y, y_tangent, scale, scale_tangent, shift
+    out, dual_out = faces.norm_relu_pool_forward(y, scale, shift), faces.norm_relu_pool_dual(*point, shift_tangent)
+    plain, dual = (grad, y, scale, shift, out.statistics), (grad, grad_tangent, *point, dual_out.statistics)
+    back, dual_back = faces.norm_relu_pool_backward(*plain), faces.norm_relu_pool_dual_backward(*dual)
+    return {
+        "forward alone": (1.25, lambda: faces.norm_relu_pool_forward(y, scale, shift, out=out)),
+        "backward alone": (2.25, lambda: faces.norm_relu_pool_backward(*plain, out=back)),
+        "dual alone": (2.5, lambda: faces.norm_relu_pool_dual(*point, shift_tangent, out=dual_out)),
+        "dual backward alone": (4.5, lambda: faces.norm_relu_pool_dual_backward(*dual, out=dual_back)),
+    }
+
+
+def outer_steps(clock: Clock, small: bool) -> Iterator[tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]]:
+    """A row for each case and precision, and the profiles of its sides. The same precision holds for all sides."""
+    device = clock.device
+    for name, case in (SMALL_OUTER_STEPS if small else OUTER_STEPS).items():
         problem = {key: _moved(value, device) for key, value in case.problem().items()}
-        sides = {"pytorch": bench_outer_step.side(bench_outer_step.REFERENCE, problem)}
-        cases[f"outer step, {name}"] = sides | {"fused": bench_outer_step.side("dual", problem)}
-    return cases
+        exact = matching_gradients(**_in_float64(problem), engine="unrolled", fused=False)
+        for precision, tf32 in (("float32", False), ("TF32", True)):
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+            memory = _peaks(_sides(problem), device)
+            sides = {side: make() for side, make in _sides(problem).items()}
+            row = {
+                "case": f"outer step, {name}, {precision}",
+                "ms": clock.medians(sides, 1 if small else 5),
+                "memory_mb": memory,
+                "one_minus_cosine": {side: _turned(call(), exact) for side, call in sides.items()},
+            }
+            yield row, {f"{row['case']}, {side}": by_kernel(sides[side], device) for side in ("pytorch", "fused")}
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Matching]]]:
+    """What makes the reference, every step a graph of autograd, and the adjoint engine with CUDA graphs and without."""
+
+    def adjoint(graphs: bool) -> Callable[[], Matching]:
+        step = provider(problem["network"], "dual", graphs=graphs)
+        return lambda: matching_gradients(**problem, step=step)
+
+    return {
+        "pytorch": lambda: bench_outer_step.side(bench_outer_step.REFERENCE, problem),
+        "fused": lambda: adjoint(True),
+        "without CUDA graphs": lambda: adjoint(False),
+    }
+
+
+def by_kernel(call: Side, device: torch.device) -> list[dict[str, Any]]:
+    """The kernels that take most of a call: name, how often, milliseconds in all and their share."""
+    on_gpu = device.type == "cuda"
+    call()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        call()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    found = [
+        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
+        for event in profiler.key_averages()
+    ]
+    total = sum(time_ for time_, _, _ in found) or 1.0
+    slowest = sorted(found, reverse=True)[:KERNELS]
+    return [{"kernel": key, "calls": n, "ms": time_ / 1e3, "share": time_ / total} for time_, n, key in slowest]
+
+
+def _turned(found: Matching, exact: Matching) -> float:
+    """1 - cosine of the pixels' gradient to the exact one."""
+    return 1 - float(F.cosine_similarity(found.images.double().flatten(), exact.images.flatten(), dim=0))
 
 
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [_moved(v, device) for v in value]
     return value.to(device) if isinstance(value, (Tensor, torch.nn.Module)) else value
+
+
+def _in_float64(problem: dict[str, Any]) -> dict[str, Any]:
+    cast = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in problem.items()}
+    return {**cast, "network": copy.deepcopy(problem["network"]).double()}
 
 
 def measure(device: torch.device, small: bool) -> dict[str, Any]:
@@ -167,9 +238,11 @@ def measure(device: torch.device, small: bool) -> dict[str, Any]:
             found = clock.medians(sides, 3 if small else ROUNDS)
             rows.append({"case": name, "ms": found, "share_of_copying": moved / found["fused"] / speed})
             print(_line(rows[-1]), flush=True)
-    for name, sides in outer_steps(device, small).items():
-        rows.append({"case": name, "ms": clock.medians(sides, 1 if small else 5), "memory_mb": _peaks(sides, device)})
-        print(_line(rows[-1]), flush=True)
+    profiles: dict[str, list[dict[str, Any]]] = {}
+    for row, of_sides in outer_steps(clock, small):
+        rows.append(row)
+        profiles |= of_sides
+        print(_line(row), flush=True)
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
@@ -177,29 +250,41 @@ def measure(device: torch.device, small: bool) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "copying_gb_s": speed / 1e6,
         "rows": rows,
+        "profiles": profiles,
     }
 
 
-def _peaks(sides: dict[str, Side], device: torch.device) -> dict[str, float] | None:
-    """Peak of torch's allocations above what is held between calls."""
+def _peaks(sides: dict[str, Callable[[], Side]], device: torch.device) -> dict[str, float] | None:
+    """Peak of the memory that torch takes for a side, MB: a graph's is taken, though no tensor holds it any more."""
     if device.type != "cuda":
         return None
     found = {}
-    for name, call in sides.items():
-        before = torch.cuda.memory_allocated(device)
+    for name, make in sides.items():
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
+        call = make()
         call()
-        found[name] = (torch.cuda.max_memory_allocated(device) - before) / 1e6
+        found[name] = (torch.cuda.max_memory_reserved(device) - before) / 1e6
+        del call
     return found
 
 
 def _line(row: dict[str, Any]) -> str:
     ms = row["ms"]
     others = [f"{ms[o]:.3g} ms ({ms[o] / ms['fused']:.1f}x)" if o in ms else "" for o in ("pytorch", "compile")]
-    share = f"{100 * row['share_of_copying']:.0f} % of copying" if "share_of_copying" in row else ""
-    if row.get("memory_mb"):
-        share = ", ".join(f"{name} {value:.0f} MB" for name, value in row["memory_mb"].items())
-    return f"| {row['case']} | {ms['fused']:.3g} ms | {others[0]} | {others[1]} | {share} |"
+    notes = [f"{100 * row['share_of_copying']:.0f} % of copying"] if "share_of_copying" in row else []
+    if "without CUDA graphs" in ms:
+        notes.append(f"without CUDA graphs {ms['without CUDA graphs']:.3g} ms")
+    notes += [f"{name} {value:.0f} MB" for name, value in (row.get("memory_mb") or {}).items()]
+    notes += [f"{name} 1 - cos {value:.1e}" for name, value in row.get("one_minus_cosine", {}).items()]
+    return f"| {row['case']} | {ms['fused']:.3g} ms | {others[0]} | {others[1]} | {', '.join(notes)} |"
+
+
+def _profile_table(name: str, kernels: list[dict[str, Any]]) -> str:
+    rows = [f"| `{k['kernel'][:90]}` | {k['calls']} | {k['ms']:.3f} | {k['share']:.0%} |" for k in kernels]
+    return "\n".join([f"\n{name}, by kernel\n", "| kernel | calls | ms | share |", "|---|---|---|---|", *rows])
 
 
 def main() -> None:
@@ -213,6 +298,8 @@ def main() -> None:
     print("| | fused | pure PyTorch | torch.compile | |\n|---|---|---|---|---|")
     result = measure(torch.device(args.device), args.small)
     print(f"\n{result['device']}, torch {result['torch']}, copying {result['copying_gb_s']:.0f} GB/s, {result['date']}")
+    for name, kernels in result["profiles"].items():
+        print(_profile_table(name, kernels))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -64,6 +64,7 @@ def run(
     try:
         config = _resolve(args, base(args), own, sections)
         keep_pages()
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.run.tf32
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         main(config, args)

@@ -188,19 +188,21 @@ def _outer_step(state: State, method: Method, settings: DistillConfig) -> tuple[
     update = method.update(state.synthetic, state.step, state.memory)
     proposed = state.moved(update, settings)
     finite = proposed.finite() & torch.isfinite(update.loss)
-    loss, kept, usable = torch.stack([update.loss, update.kept, finite.to(update.loss.dtype)]).tolist()
+    # The one place where an outer step waits for the device.
+    read = update.loss, update.kept, finite, proposed.synthetic.step_size, state.synthetic.step_size
+    loss, kept, usable, step_size, unchanged = torch.stack([x.to(update.loss) for x in read]).tolist()
     if not usable:
-        outcome = "undone"
+        outcome, step_size = "undone", unchanged
         state = replace(state, step=state.step + 1, undone=state.undone + 1, undone_in_a_row=state.undone_in_a_row + 1)
     elif kept == 0 or (settings.max_loss is not None and loss > settings.max_loss):
-        outcome = "skipped"
+        outcome, step_size = "skipped", unchanged
         state = replace(state, step=state.step + 1, skipped=state.skipped + 1)
     else:
         outcome, state = "taken", proposed
     row = {
         "step": state.step - 1,
         "loss": loss if usable else None,
-        "step_size": float(state.synthetic.step_size),
+        "step_size": step_size,
         "kept": kept,
         "outcome": outcome,
         **update.note,

@@ -39,6 +39,16 @@ class StepAdjoint(NamedTuple):
     labels: Tensor | None  # [n, K], by the logits of soft labels
 
 
+class Step(Protocol):
+    """One student step of some network, by flat parameters [P], augmented images [n, C, H, W] and their labels."""
+
+    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """d/dtheta of the mean cross-entropy. [P]"""
+
+    def adjoint(self, theta: Tensor, adjoint: Tensor, images: Tensor, labels: Tensor) -> StepAdjoint:
+        """phi = <gradient(theta, images, labels), adjoint> and its derivatives."""
+
+
 class Convolution(Protocol):
     """A 3x3 convolution without bias, of values and of values stacked on tangents along the batch.
 
@@ -483,7 +493,7 @@ class ConvNetStep:
     def _targets(self, labels: Tensor, theta: Tensor) -> Tensor:
         if labels.is_floating_point():
             return labels.softmax(1)
-        return F.one_hot(labels, self.network.classifier.out_features).to(theta.dtype)
+        return theta.new_zeros(len(labels), self.network.classifier.out_features).scatter_(1, labels[:, None], 1)
 
     def _size(self, images: Tensor) -> int:
         """Images of a micro-batch."""

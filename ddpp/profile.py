@@ -23,9 +23,9 @@ from torch.profiler import profile as torch_profile
 
 from ddpp import augment, cli, data, models, runs, seeds, synthetic
 from ddpp.config import SECTIONS, Config
-from ddpp.dual import ConvNetStep
+from ddpp.dual import ConvNetStep, Step
 from ddpp.models import flat
-from ddpp.unroll import Matching, Step, matching_gradients, provider
+from ddpp.unroll import Matching, matching_gradients, provider
 
 #: What an operator's time counts as, by the beginnings of its name.
 ROOMS: dict[str, tuple[str, ...]] = {

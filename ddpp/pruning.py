@@ -14,7 +14,7 @@ The first two are one fused operator; the others are a mask [P] that is a consta
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ def distance(rule: str, layout: Layout, *, epsilon: float = 0.1, share: float = 
         bound = epsilon if rule == "ratio" else None
         return lambda student, target, start: masked_match_loss(student, target, start, bound, fused=fused)
     if rule == "depth":
-        mask = keep_deep(layout, share)
-        return lambda student, target, start: masked_distance(student, target, start, mask.to(student.device))
+        masks = cache(partial(keep_deep, layout, share))
+        return lambda student, target, start: masked_distance(student, target, start, masks(student.device))
     return partial(_by_difference, share=share, furthest=rule == "difference")
 
 
@@ -84,12 +84,12 @@ def keep_by_difference(student: Tensor, target: Tensor, share: float, *, furthes
     return keep | difference.isnan()
 
 
-def keep_deep(layout: Layout, share: float) -> Tensor:
+def keep_deep(layout: Layout, share: float, device: torch.device | None = None) -> Tensor:
     """False for the parameters of the first share of the layers. [P] bool"""
     layers = list(dict.fromkeys(_layer(name) for name, _ in layout))
     shallow = set(layers[: int(share * len(layers))])
     parts = [torch.full((size(((name, shape),)),), _layer(name) not in shallow) for name, shape in layout]
-    return torch.cat(parts)
+    return torch.cat(parts).to(device)
 
 
 def _layer(name: str) -> str:

@@ -148,9 +148,11 @@ def _train_one(
     key = seed, "teacher", index
     model = models.build(config.model, dataset.shape, len(dataset.classes), seed=seeds.derive(*key, "network"))
     model.to(device)
+    train_images, train_labels = dataset.train_images.to(device), dataset.train_labels.to(device)
     images, labels = dataset.val_images, dataset.val_labels
     if len(labels) == 0:
-        images, labels = dataset.train_images, dataset.train_labels
+        images, labels = train_images, train_labels
+    images, labels = images.to(device), labels.to(device)  # once, and not at each epoch
     snapshots: list[Tensor] = []
     accuracy: list[float] = []
 
@@ -169,8 +171,8 @@ def _train_one(
     keep()
     finite = training.fit(
         model,
-        dataset.train_images,
-        dataset.train_labels,
+        train_images,
+        train_labels,
         _recipe(config),
         seed=seeds.derive(*key, "training"),
         device=device,

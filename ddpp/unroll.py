@@ -11,7 +11,7 @@ written. ``adjoint`` keeps theta_0..theta_J only and walks back with lambda = dL
 ``tesla`` is the same walk with lambda_j = lambda_J, which is what TESLA (arXiv 2211.10586) computes: an
 approximation, to compare with.
 
-The walk knows no network: a :class:`Step` gives g_j, and phi_j with its derivatives.
+The walk knows no network: a :class:`ddpp.dual.Step` gives g_j, and phi_j with its derivatives.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from ddpp.dual import ConvNetStep, StepAdjoint
+from ddpp.dual import ConvNetStep, Step, StepAdjoint
 from ddpp.errors import UserError, nearest
+from ddpp.gpu import GraphedStep
 from ddpp.models import Network, flat
 from ddpp.ops import dsa_augment, masked_match_loss, norm_relu_pool
 from ddpp.pruning import Distance
@@ -42,16 +43,6 @@ class Matching(NamedTuple):
     labels: Tensor | None  # [N, K]
     kept: Tensor  # [] int64
     end: Tensor  # [P]
-
-
-class Step(Protocol):
-    """One student step of some network, by flat parameters [P], augmented images [n, C, H, W] and their labels."""
-
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """d/dtheta of the mean cross-entropy. [P]"""
-
-    def adjoint(self, theta: Tensor, adjoint: Tensor, images: Tensor, labels: Tensor) -> StepAdjoint:
-        """phi = <gradient(theta, images, labels), adjoint> and its derivatives."""
 
 
 class AutogradStep:
@@ -117,7 +108,7 @@ def _halves(module: nn.Module) -> bool:
 PROVIDERS = ("auto", "autograd", "fused", "dual")
 
 
-def provider(network: nn.Module, name: str = "auto", *, tile: int = 2) -> Step:
+def provider(network: nn.Module, name: str = "auto", *, tile: int = 2, graphs: bool = False) -> Step:
     """What computes a student step and its adjoint. Built once, it keeps its buffers from one unroll to the next.
 
     Args:
@@ -126,6 +117,7 @@ def provider(network: nn.Module, name: str = "auto", *, tile: int = 2) -> Step:
             ReLU and pooling as one operator; ``dual``, the ConvNet's step written out on dual numbers
             (:mod:`ddpp.dual`), several times faster; ``auto``, the last one that suits the network.
         tile: side of the Winograd tiles that ``dual`` convolves with on the CPU: 2, 4 (faster, less exact) or 0, none.
+        graphs: capture the steps as CUDA graphs if the network is on a GPU; see :class:`ddpp.gpu.GraphedStep`.
 
     Raises:
         UserError: an unknown name or tile, or ``dual`` for a network of other blocks.
@@ -140,9 +132,14 @@ def provider(network: nn.Module, name: str = "auto", *, tile: int = 2) -> Step:
             "provider 'dual' needs a ConvNet of 3x3 convolutions, instance normalisation, ReLU and 2x2 average "
             "pooling; give 'auto' or 'fused' for this network"
         )
-    if isinstance(network, Network) and suits and name in ("auto", "dual"):
-        return ConvNetStep(network, tile)
-    return AutogradStep(network if name == "autograd" else _with_fused_blocks(network))
+
+    def build() -> Step:
+        if isinstance(network, Network) and suits and name in ("auto", "dual"):
+            return ConvNetStep(network, tile)
+        return AutogradStep(network if name == "autograd" else _with_fused_blocks(network))
+
+    on_gpu = any(p.is_cuda for p in network.parameters())
+    return GraphedStep(build) if graphs and on_gpu else build()
 
 
 def _cross_entropy(network: nn.Module, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -184,12 +181,12 @@ class _Unroll(NamedTuple):
 
     def until_nearest(self) -> _Unroll:
         """The same without the inner steps after the one whose parameters are nearest to the target, by L1."""
-        theta, best, length = self.start.detach(), None, len(self.batches)
+        theta, distances = self.start.detach(), []
         for step in range(len(self.batches)):
             theta = self.next(theta, step)
-            found = (theta - self.target).abs().sum()
-            if best is None or found <= best:
-                best, length = found, step + 1
+            distances.append((theta - self.target).abs().sum())
+        latest_first = torch.stack(distances[::-1]).nan_to_num(nan=torch.inf)
+        length = len(distances) - int(latest_first.argmin())
         return self._replace(batches=self.batches[:length], plans=self.plans[:length])
 
     def leaves(self) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 import pytest
+import torch
 
 from ddpp import cli, config
 from ddpp.config import Config
@@ -49,6 +50,13 @@ def test_other_stages_options_carry_their_section(capsys: pytest.CaptureFixture[
     code, found, _ = parsed(["--teachers-epochs", "3", "--evaluate-epochs", "4", "--no-use-fused-kernels"], capsys)
     assert code == 0 and found is not None
     assert (found.teachers.epochs, found.evaluate.epochs, found.run.use_fused_kernels) == (3, 4, False)
+
+
+@pytest.mark.parametrize(("argv", "on"), [(["--tf32"], True), ([], False)])
+def test_tf32_is_off_unless_asked_for(argv: list[str], on: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, _ = parsed(argv, capsys)
+    assert code == 0 and found is not None and found.run.tf32 is on
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is on
 
 
 @pytest.mark.parametrize(

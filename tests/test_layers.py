@@ -22,6 +22,7 @@ LEVELS: dict[str, float] = {
     "ntk": 2,
     "dual": 2.5,
     "pruning": 2.5,
+    "gpu": 2.7,
     "trajectories": 3,
     "unroll": 3,
     "training": 3,

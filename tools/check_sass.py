@@ -2,8 +2,8 @@
 
     python tools/check_sass.py ddpp/_cuda.abi3.so --arch sm_90
 
-Ends with 1 when a kernel spills, uses too many registers, or does no 16-byte load although its name promises
-it: <float, 4> and <double, 2> are an element type and the elements of a pack.
+Ends with 1 when a kernel spills, uses too many registers, does no 16-byte load although its name promises it
+(<float, 4> and <double, 2> are an element type and the elements of a pack), or stores floats one by one there.
 Needs cuobjdump and nvdisasm: from the CUDA toolkit, from the triton wheel that CUDA builds of torch bring
 along, or pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm.
 """
@@ -85,7 +85,7 @@ def main() -> None:
     for name, row in sorted(kernels.items(), key=lambda item: readable(item[0])):
         short = readable(name)
         spills = row["LOCAL"] or row["STACK"] or row.get("SPILL")
-        narrow = any(f"<{wide}>" in short for wide in WIDE) and not row.get("LDG128")
+        narrow = any(f"<{wide}" in short for wide in WIDE) and (not row.get("LDG128") or "STG" in row)
         verdict = "spills" if spills else "narrow" if narrow else "ok"
         if row["REG"] > arguments.max_registers:
             verdict = "registers"

@@ -60,6 +60,19 @@ DDPP_INLINE Pack<T, kWidth> reciprocal_deviation(const Pack<T, kWidth>& variance
   return each<T, kWidth>([&](int k) { return 1 / sqrt((variance.at[k] < 0 ? 0 : variance.at[k]) + eps); });
 }
 
+// The compiler takes the assignment of a pack that it has just computed apart into stores of single values;
+// these it leaves whole.
+DDPP_INLINE void store_whole(float* to, const Pack<float, 4>& x) {
+  __stwb(reinterpret_cast<float4*>(to), make_float4(x.at[0], x.at[1], x.at[2], x.at[3]));
+}
+DDPP_INLINE void store_whole(double* to, const Pack<double, 2>& x) {
+  __stwb(reinterpret_cast<double2*>(to), make_double2(x.at[0], x.at[1]));
+}
+template <class T>
+DDPP_INLINE void store_whole(T* to, const Pack<T, 1>& x) {
+  *to = x.at[0];
+}
+
 #include "kernels/norm_pool_terms.inl"
 
 // How a batch is cut into blocks.
@@ -88,7 +101,7 @@ struct Place {
     part = T(1) / (static_cast<T>(layout.height) * static_cast<T>(layout.width));
   }
   static DDPP_INLINE V load(const T* from) { return *reinterpret_cast<const V*>(from); }
-  static DDPP_INLINE void store(T* to, const V& x) { *reinterpret_cast<V*>(to) = x; }
+  static DDPP_INLINE void store(T* to, const V& x) { store_whole(to, x); }
   DDPP_INLINE V of_channel(const T* from) const { return active ? load(from + channel) : V{}; }
   DDPP_INLINE V saved(const T* statistics, int row) const {
     return active ? load(statistics + row * layout.row_size + statistic) : V{};

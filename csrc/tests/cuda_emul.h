@@ -9,7 +9,7 @@
 //
 // Covered: threadIdx/blockIdx/blockDim/gridDim, __shared__ (static and dynamic),
 // __syncthreads, __syncwarp, __shfl_*_sync, __ballot/any/all_sync, atomics on
-// global and shared memory, __ldg, basic math. Not modelled: memory consistency
+// global and shared memory, __ldg, __stwb of float4 and double2, basic math. Not modelled: memory consistency
 // between barriers, concurrent blocks, half precision, occupancy limits other
 // than the block size.
 #pragma once
@@ -435,6 +435,18 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+template <class T>
+void __stwb(T* p, T v) {
+  *p = v;
+}
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
 inline void __threadfence() {}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 using std::max;

@@ -9,7 +9,7 @@ namespace {
 
 template <class T>
 const MatchLoss<T>& launchers(const Setting& setting) {
-  return setting.emulated ? match_loss_cuda<T>() : match_loss_cpu<T>();
+  return setting.cuda ? match_loss_cuda<T>() : match_loss_cpu<T>();
 }
 
 // The definition, word by word.
@@ -159,7 +159,7 @@ int main(int argc, char** argv) {
   const ddpp::test::Setting setting = ddpp::test::setting(argc, argv);
   ddpp::test::check_all<float>(setting);
   ddpp::test::check_all<double>(setting);
-  if (!setting.emulated) {
+  if (!setting.cuda) {
     ddpp::test::check_same_bits_on_every_isa<float>();
     ddpp::test::check_same_bits_on_every_isa<double>();
   }

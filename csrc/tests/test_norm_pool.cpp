@@ -11,7 +11,7 @@ constexpr double kEps = 1e-5;
 
 template <class T>
 const NormPool<T>& launchers(const Setting& setting) {
-  return setting.emulated ? norm_pool_cuda<T>() : norm_pool_cpu<T>();
+  return setting.cuda ? norm_pool_cuda<T>() : norm_pool_cpu<T>();
 }
 
 template <class T>
@@ -300,7 +300,7 @@ int main(int argc, char** argv) {
   const ddpp::test::Setting setting = ddpp::test::setting(argc, argv);
   ddpp::test::check_all<float>(setting);
   ddpp::test::check_all<double>(setting);
-  if (!setting.emulated) {
+  if (!setting.cuda) {
     ddpp::test::check_large_planes<float>(setting);
     ddpp::test::check_large_planes<double>(setting);
     ddpp::test::check_same_bits_on_every_isa<float>();

@@ -8,6 +8,7 @@ from torch import Tensor
 from ddpp import augment, pruning, seeds
 from ddpp.config import Config, DistillConfig
 from ddpp.errors import UserError
+from ddpp.gpu import send
 from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.models import flat
 from ddpp.pruning import Distance
@@ -52,7 +53,8 @@ class DDPP:
         self.problem = problem
         self.distance = self._distance()
         name = "auto" if problem.config.run.use_fused_kernels else "autograd"
-        self.step = provider(problem.network, name, tile=problem.config.run.winograd)
+        tile, graphs = problem.config.run.winograd, problem.config.run.cuda_graphs
+        self.step = provider(problem.network, name, tile=tile, graphs=graphs)
 
     def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
         settings, problem = self.problem.config.distill, self.problem
@@ -61,8 +63,8 @@ class DDPP:
         batches = self._draw_batches(len(synthetic.images), step)
         result = matching_gradients(
             problem.network,
-            start.to(problem.device),
-            target.to(problem.device),
+            send(start, problem.device),
+            send(target, problem.device),
             synthetic.images,
             synthetic.labels,
             synthetic.step_size,
@@ -102,7 +104,8 @@ class DDPP:
         batches: list[Tensor] = []
         while len(batches) < settings.inner_steps:
             batches += torch.randperm(images, generator=draw).split(settings.batch or images)
-        return [b.to(self.problem.device) for b in batches[: settings.inner_steps]]
+        batches = batches[: settings.inner_steps]
+        return list(send(torch.cat(batches), self.problem.device).split([len(b) for b in batches]))
 
     def _draw_plans(self, sizes: list[int], images: Tensor, step: int) -> list[Tensor] | None:
         if not self.problem.groups:
@@ -114,8 +117,9 @@ class DDPP:
             groups=self.problem.groups,
             mode=self.problem.config.augment.mode,
             generator=seeds.generator(self.problem.config.run.seed, "augment", step),
-        ).to(self.problem.device)
-        return [plan[:size] for plan, size in zip(plans, sizes, strict=True)]
+        )
+        on_device = send(plans, self.problem.device)
+        return [plan[:size] for plan, size in zip(on_device, sizes, strict=True)]
 
 
 def start_bound(settings: DistillConfig, step: int) -> int:

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The whole job on CIFAR-10, from a folder of images to accuracies: ZCA, 20 teachers of 15 epochs, one image a class by DDPP and
+# by MTT from the same seed and teachers, five networks on each. Run again with the same words after it was cut, it goes on
+# where it stopped: finished teachers stay, and distillation continues from its checkpoint.
+#
+#     scripts/cifar10.sh DATA_ROOT OUT [options of ddpp.distill for both methods, such as --tf32]
+#
+# DATA_ROOT holds train/<class>/ and test/<class>/. IPC=10 in the environment takes another preset, whose start epochs ask for
+# longer teachers: IPC=10 scripts/cifar10.sh DATA_ROOT OUT --teachers-epochs 30
+set -euo pipefail
+[ $# -ge 2 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 2; }
+data=$(realpath "$1") out=$(realpath -m "$2")
+shift 2
+cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+for method in ddpp mtt; do
+  run=$out/$method resume=
+  [ -f "$run/results.json" ] && continue
+  [ -f "$run/config.toml" ] && resume=--resume
+  python -m ddpp.distill --preset "ddpp-cifar10-ipc${IPC:-1}" --dataset folder --data-root "$data" --method $method \
+    --teachers-count 20 --teachers-epochs 15 --teachers-folder "$out/teachers" --evaluate-full-epochs 0 "$@" --out "$run" $resume
+done
+python -m ddpp.compare --first "$out/mtt" --second "$out/ddpp" --json "$out/difference.json"
+python - "$out" <<'PY'
+import json, sys
+for method in ("ddpp", "mtt"):
+    found = json.load(open(f"{sys.argv[1]}/{method}/results.json"))
+    accuracy, seconds = found["accuracy"], {name: round(s) for name, s in found["seconds"].items()}
+    print(f"{method}: {accuracy[method]['mean']:.1f} ± {accuracy[method]['std']:.1f} %, random real images "
+          f"{accuracy['random']['mean']:.1f} %; seconds {seconds}")
+PY
