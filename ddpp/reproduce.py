@@ -51,6 +51,7 @@ class Table:
     search_lr: bool = False
 
 
+SECTIONS = ("data", "evaluate", "run")  # whose options reach every run
 TARGETS = {
     "table1": Table("Test accuracy by images per class", tuple(METHODS.names()), (1, 10, 50)),
     "table2": Table("Test accuracy on ConvNets of two widths", ("kip", "mtt", "ddpp"), (1,), WIDTHS),
@@ -277,14 +278,18 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     seed = config.run.seed
     ipcs = tuple(args.ipc or target.ipcs)
     folder = Path(args.out or f"runs/{args.target}-{dataset}-{args.budget}")
+    shows_full = not target.architectures
     cells = [
         Cell(
-            method, ipc, folder / f"{dataset}-{method}-ipc{ipc}-seed{seed}", full=(method, ipc) == (methods[0], ipcs[0])
+            method,
+            ipc,
+            folder / f"{dataset}-{method}-ipc{ipc}-seed{seed}",
+            full=shows_full and (method, ipc) == (methods[0], ipcs[0]),
         )
         for method in methods
         for ipc in ipcs
     ]
-    given = _given(config)
+    given = _given(config, args)
     failed = reproduce(target, cells, config, args.budget, given)
     command = f"python -m ddpp.reproduce {args.target} --budget {args.budget} {' '.join(given)}".strip()
     print("\n" + write(target, cells, folder, dataset, command))
@@ -295,18 +300,19 @@ def _run(config: Config, args: argparse.Namespace) -> None:
         raise UserError("some runs failed:\n  " + "\n  ".join(failed))
 
 
-def _given(config: Config) -> list[str]:
-    """The options of data and run that differ from their defaults, as a command line."""
+def _given(config: Config, args: argparse.Namespace) -> list[str]:
+    """The options that were given or differ from their defaults, as a command line of :mod:`ddpp.distill`."""
     given: list[str] = []
-    for section in ("data", "run"):
+    for section in SECTIONS:
         found, usual = getattr(config, section), getattr(Config(), section)
         for name, value in vars(found).items():
-            if value == getattr(usual, name):
+            if value == getattr(usual, name) and f"{section}.{name}" not in vars(args):
                 continue
-            flag = name.replace("_", "-")
-            given += (
-                [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-            )
+            flag = (f"evaluate_{name}" if section == "evaluate" else name).replace("_", "-")
+            if isinstance(value, bool):
+                given.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                given += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
     return given
 
 
@@ -330,7 +336,7 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Run what a table of the paper is missing and write the table beside the published figures."
-    return cli.run("reproduce", description, "reproduce", ("data", "run"), _run, argv, arguments=_arguments)
+    return cli.run("reproduce", description, "reproduce", SECTIONS, _run, argv, arguments=_arguments)
 
 
 if __name__ == "__main__":
