@@ -262,6 +262,8 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     network = models.build(config.model, dataset.shape, len(dataset.classes), seed=seed).to(device)
     groups = augment.groups_for(config.augment.strategy, dataset.strategy)
     first = synthetic.start(dataset, settings.ipc, settings.init, settings.step_size, seed).to(device)
+    problem = Problem(config, dataset, network, [], groups, device)
+    method = None if method_class.needs_teachers else method_class(problem)  # may refuse, before there is a folder
     base = Path("runs") / f"{dataset.name}-{settings.method}-ipc{settings.ipc}-seed{seed}"
     folder = runs.open_folder(Path(args.out) if args.out else runs.unused_folder(base), config, resume=args.resume)
     print(f"run folder: {folder}")
@@ -269,12 +271,13 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     began = time.perf_counter()
     trajectories = _trajectories(config, dataset, network, device) if method_class.needs_teachers else []
     teachers_seconds = time.perf_counter() - began
+    if settings.labels == "soft" and not trajectories:
+        first = synthetic.with_soft_labels(first, len(dataset.classes))
     if trajectories:
         first = synthetic.start_from_teachers(
             first, dataset, network, trajectories, init=settings.init, labels=settings.labels, seed=seed
         )
-    problem = Problem(config, dataset, network, trajectories, groups, device)
-    method = method_class(problem)
+    method = method or method_class(replace(problem, teachers=trajectories))
     state = (
         select(settings, method, problem, folder)
         if isinstance(method, Selection)

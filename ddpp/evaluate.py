@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
+from ddpp import augment, cli, data, models, runs, scores, seeds, synthetic, training
 from ddpp import config as configuration
 from ddpp.config import Config, ModelConfig
-from ddpp.data import Dataset
+from ddpp.data import Dataset, policies
 from ddpp.errors import UserError
 from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
+_WITHOUT_POLICY = ("none", "dsa")  # augmentations that training itself knows
 RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # searched, as DD-Ranking does (arXiv 2505.13300)
 
 
@@ -36,18 +37,39 @@ class Scores(NamedTuple):
 
 
 class Evaluation:
-    """Trains and tests networks of one run; each depends only on the seed, its training images and its number."""
+    """Trains and tests networks of one run; each depends only on the seed, its training images and its number.
+
+    Attributes:
+        groups: of DSA, none for no augmentation.
+        policy: one of :data:`ddpp.data.policies.POLICIES`, or None.
+    """
 
     def __init__(
-        self, config: Config, dataset: Dataset, groups: tuple[str, ...], device: torch.device, progress: tqdm[NoReturn]
+        self,
+        config: Config,
+        dataset: Dataset,
+        groups: tuple[str, ...],
+        device: torch.device,
+        progress: tqdm[NoReturn],
+        policy: str | None = None,
     ) -> None:
         self.config, self.dataset, self.groups, self.device, self.progress = config, dataset, groups, device, progress
+        self.policy = policy
+
+    def augmented_by(self, name: str) -> Evaluation:
+        """The same with another augmentation: ``none``, ``dsa`` or a policy."""
+        groups = augment.parse_strategy(self.dataset.strategy) if name == "dsa" else ()
+        policy = None if name in _WITHOUT_POLICY else name
+        return Evaluation(self.config, self.dataset, groups, self.device, self.progress, policy)
 
     def network(self, model: str, images: Tensor, labels: Tensor, recipe: Recipe, *key: str | int) -> Scores:
         """Trains one network from scratch and tests it."""
         seed = seeds.derive(self.config.run.seed, "evaluate", model, *key)
         chosen = _model(self.config, model)
-        network = models.build(chosen, self.dataset.shape, len(self.dataset.classes), seed=seed).to(self.device)
+        network: nn.Module = models.build(chosen, self.dataset.shape, len(self.dataset.classes), seed=seed)
+        if self.policy:
+            flip, side = "flip" in self.dataset.strategy, self.dataset.shape[-1]
+            network = policies.Augmented(network, self.policy, self.dataset.transform, side=side, flip=flip, seed=seed)
         training.fit(
             network,
             images,
@@ -113,20 +135,22 @@ class Evaluation:
         )
 
 
-def _preference(scores: Scores) -> float:
+def _preference(tested: Scores) -> float:
     """On held-out images if there are any."""
-    return scores.test if scores.val is None else scores.val
+    return tested.test if tested.val is None else tested.val
 
 
 def check(config: Config, dataset: Dataset) -> None:
     """Refuses options that cannot be evaluated.
 
     Raises:
-        UserError: an unknown architecture, one that does not suit the images, or ``--select val`` without a held-out
-            part.
+        UserError: an unknown architecture or augmentation, an architecture that does not suit the images, or
+            ``--select val`` without a held-out part.
     """
     for name in config.evaluate.models:
         models.build(_model(config, name), dataset.shape, len(dataset.classes), seed=0)
+    for name in config.evaluate.augmentations:
+        policies.check_policy(name, *_WITHOUT_POLICY)
     if config.evaluate.select == "val" and not len(dataset.val_labels):
         raise UserError("--select val needs a held-out part: distil with --validation above 0")
 
@@ -151,7 +175,8 @@ def compare(
         ``full`` the ``mean`` and ``std`` (ddof 1) over ``networks``, the accuracies of the single networks, all in
         percent; and ``protocol``, which says what was selected and how. With ``select`` "all" the method's name stands
         for the last step, and beside it ``<method>/val`` and ``<method>/test`` for the snapshots that were best there;
-        with ``search_lr`` there are ``<method>/searched`` and ``random/searched``.
+        with ``search_lr`` there are ``<method>/searched`` and ``random/searched``, with ``augmentations``
+        ``<method>/<name>`` and ``random/<name>`` for each, and ``robustness``, see :func:`robustness`.
 
     Raises:
         UserError: what :func:`check` refuses, or a missing snapshot.
@@ -160,7 +185,7 @@ def compare(
     settings = config.evaluate
     candidates = _candidates(folder, settings.select)
     names = settings.models or (config.model.model,)
-    sets = len(candidates) + 1 + bool(settings.full_epochs) + 2 * settings.search_lr
+    sets = len(candidates) + 1 + bool(settings.full_epochs) + 2 * (settings.search_lr + len(settings.augmentations))
     trained = len(names) * (settings.networks * sets + settings.search_lr * len(RATES))
     with tqdm(total=trained, desc="evaluate", unit="network") as progress:
         evaluation = Evaluation(config, dataset, groups, device, progress)
@@ -168,7 +193,10 @@ def compare(
     protocol = {"select": settings.select, "networks": settings.networks, "ddof": 1, "epochs": settings.epochs}
     if settings.search_lr:
         protocol["searched_on"] = "held-out" if len(dataset.val_labels) else "test"
-    return {"accuracy": next(iter(tables.values())), "models": tables, "protocol": protocol}
+    results = {"accuracy": next(iter(tables.values())), "models": tables, "protocol": protocol}
+    if settings.augmentations:
+        results["robustness"] = {model: robustness(table, settings.augmentations) for model, table in tables.items()}
+    return results
 
 
 def _table(evaluation: Evaluation, model: str, candidates: list[tuple[int, Synthetic]]) -> dict[str, Any]:
@@ -185,8 +213,8 @@ def _table(evaluation: Evaluation, model: str, candidates: list[tuple[int, Synth
     best = {part: max(range(len(tried)), key=lambda i: _mean(tried[i], part)) for part in ("val", "test")}
     best["final"] = best["all"] = len(tried) - 1
     chosen = candidates[best[settings.select]][1]
-    recipe = evaluation.recipe(chosen)
-    table["random"] = _summary(evaluation.random(model, ipc, recipe))
+    learned = evaluation.recipe(chosen)
+    table["random"] = _summary(evaluation.random(model, ipc, learned))
     if method != "random":  # the spread of random images is that of the draw, not that of networks on one draw
         table[method] = entry(best[settings.select])
     if settings.select == "all":
@@ -196,12 +224,43 @@ def _table(evaluation: Evaluation, model: str, candidates: list[tuple[int, Synth
         recipe = evaluation.searched(model, chosen)
         table["random/searched"] = _summary(evaluation.random(model, ipc, recipe))
         table[f"{method}/searched"] = {**_summary(evaluation.distilled(model, chosen, recipe)), "lr": recipe.lr}
+    for name in settings.augmentations:
+        other = evaluation.augmented_by(name)
+        table[f"random/{name}"] = _summary(other.random(model, ipc, learned))
+        if method != "random":
+            table[f"{method}/{name}"] = _summary(other.distilled(model, chosen, learned))
     table["full"] = _summary(evaluation.full(model)) if settings.full_epochs else None
     return table
 
 
-def _mean(scores: list[Scores], part: str) -> float:
-    return statistics.fmean(s.val if part == "val" and s.val is not None else s.test for s in scores)
+def robustness(table: dict[str, Any], augmentations: Sequence[str]) -> dict[str, Any]:
+    """What the figures of an architecture say over all augmentations.
+
+    Returns:
+        ``best`` and ``average`` of the means over the augmentations (DC-BENCH, arXiv 2207.09639), in percent, by what
+        was trained on; and ``ars``, DD-Ranking's score from 0 to 1 of each augmentation beside none, if that is there.
+    """
+    rows = {name.partition("/")[0] for name in table if name.endswith(f"/{augmentations[0]}")}
+    means = {row: {name: table[f"{row}/{name}"]["mean"] for name in augmentations} for row in sorted(rows)}
+    found: dict[str, Any] = {
+        "best": {row: max(figures.values()) for row, figures in means.items()},
+        "average": {row: statistics.fmean(figures.values()) for row, figures in means.items()},
+        "ars": {},
+    }
+    method = next((row for row in means if row != "random"), None)
+    if method and "none" in augmentations:
+        for name in (name for name in augmentations if name != "none"):
+            found["ars"][name] = scores.augmentation_robust_score(
+                synthetic=means[method][name] / 100,
+                random=means["random"][name] / 100,
+                synthetic_plain=means[method]["none"] / 100,
+                random_plain=means["random"]["none"] / 100,
+            )
+    return found
+
+
+def _mean(tested: list[Scores], part: str) -> float:
+    return statistics.fmean(s.val if part == "val" and s.val is not None else s.test for s in tested)
 
 
 def _candidates(folder: Path, select: str) -> list[tuple[int, Synthetic]]:
@@ -215,8 +274,8 @@ def _candidates(folder: Path, select: str) -> list[tuple[int, Synthetic]]:
     return [(int(found["step"]), candidate) for candidate, found in loaded]
 
 
-def _summary(scores: list[Scores]) -> dict[str, Any]:
-    accuracies = [s.test for s in scores]
+def _summary(tested: list[Scores]) -> dict[str, Any]:
+    accuracies = [s.test for s in tested]
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     return {"mean": statistics.fmean(accuracies), "std": spread, "networks": accuracies}
 

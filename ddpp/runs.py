@@ -212,17 +212,38 @@ def accuracy_table(results: dict[str, Any]) -> str:
         "test": "the snapshot best on the test images themselves, as papers often do: too high",
         "all": "the last outer step where nothing else is said",
     }[protocol["select"]]
-    return "\n".join(rows) + (
+    return "\n".join([*rows, *_robustness_lines(results)]) + (
         f"\n\nTest accuracy in percent, mean ± standard deviation (ddof {protocol['ddof']}) over "
         f"{protocol['networks']} networks trained from scratch; synthetic images of {chosen}."
     )
+
+
+def _robustness_lines(results: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for model, found in results.get("robustness", {}).items():
+        for what in ("best", "average"):
+            shown = ", ".join(f"{condition_name(row)} {value:.1f}" for row, value in found[what].items())
+            lines += ["", f"{model}, {what} over the augmentations: {shown}"]
+        if found["ars"]:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in found["ars"].items())
+            lines[-1] += f"; ARS (0 to 1): {shown}"
+    return lines
 
 
 def condition_name(condition: str) -> str:
     """A condition in words."""
     trained_on, _, chosen = condition.partition("/")
     name = {"random": "random real images", "full": "all real data"}.get(trained_on, trained_on)
-    how = {"val": "best on held-out", "test": "best on test, as papers do: too high", "searched": "searched rate"}
+    how = {
+        "val": "best on held-out",
+        "test": "best on test, as papers do: too high",
+        "searched": "searched rate",
+        "none": "no augmentation",
+        "dsa": "DSA",
+        "autoaugment": "AutoAugment",
+        "randaugment": "RandAugment",
+        "imagenet": "ImageNet's augmentation",
+    }
     return f"{name} ({how[chosen]})" if chosen else name
 
 

@@ -247,6 +247,21 @@ def test_protocols_stand_side_by_side(finished: Path, capsys: pytest.CaptureFixt
     assert "ddpp (searched rate)" in shown and "ddpp (best on test, as papers do: too high)" in shown
 
 
+def test_augmentations_stand_side_by_side(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(finished), "--networks", "2", "--epochs", "2", "--full-epochs", "0", "--augmentations"]
+    grid = ["none", "dsa", "autoaugment", "randaugment", "imagenet"]
+    assert evaluate.main([*argv, *grid]) == 0
+    results = json.loads((finished / "evaluation.json").read_text())
+    table, found = results["accuracy"], results["robustness"]["convnet"]
+    means = [table[f"ddpp/{name}"]["mean"] for name in grid]
+    assert table["ddpp/dsa"]["networks"] == table["ddpp"]["networks"]  # what digits are trained with anyway
+    assert found["best"]["ddpp"] == max(means) and found["average"]["ddpp"] == pytest.approx(sum(means) / 5)
+    assert set(found["ars"]) == set(grid[1:]) and all(0 < score < 1 for score in found["ars"].values())
+    assert "| ddpp (AutoAugment) |" in capsys.readouterr().out
+    assert evaluate.main([*argv, "randomaugment"]) == 2
+    assert "unknown augmentation 'randomaugment'; did you mean 'randaugment'?" in capsys.readouterr().err
+
+
 def test_report_is_made_from_files_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "images.png").read_bytes()
     (finished / "images.png").unlink()
