@@ -10,7 +10,7 @@ import resource
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -162,9 +162,7 @@ def open_folder(path: Path, config: Config, *, resume: bool) -> Path:
     """
     saved = path / "config.toml"
     if saved.is_file():
-        difference = _difference(configuration.load(saved), config)
-        if difference:
-            raise UserError(f"{path} holds another run ({difference}). Choose another --out.")
+        check_same_run(path, config)
         if not resume:
             state = (
                 "a finished run"
@@ -179,6 +177,23 @@ def open_folder(path: Path, config: Config, *, resume: bool) -> Path:
         raise UserError(f"{path} exists and is not a run folder. Choose another --out.")
     write_text(saved, config.to_toml())
     return path
+
+
+def check_same_run(path: Path, config: Config, but: Collection[str] = ()) -> None:
+    """Refuses a run folder whose options are others, apart from those named in ``but`` as ``section.option``.
+
+    Raises:
+        UserError: they are; the message names them.
+    """
+    saved, rows = configuration.load(path / "config.toml"), []
+    for section in SECTIONS:
+        old, new = getattr(saved, section), getattr(config, section)
+        for name in (f"{section}.{f.name}" for f in fields(old)):
+            there, here = (getattr(table, name.partition(".")[2]) for table in (old, new))
+            if there != here and name not in but:
+                rows.append(f"{name} is {there!r} there and {here!r} here")
+    if rows:
+        raise UserError(f"{path} holds another run ({', '.join(rows)}). Choose another --out.")
 
 
 def unused_folder(base: Path) -> Path:
@@ -256,16 +271,6 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def _difference(saved: Config, asked: Config) -> str:
-    rows = []
-    for section in SECTIONS:
-        old, new = getattr(saved, section), getattr(asked, section)
-        for f in fields(old):
-            if getattr(old, f.name) != getattr(new, f.name):
-                rows.append(f"{section}.{f.name} is {getattr(old, f.name)!r} there and {getattr(new, f.name)!r} here")
-    return ", ".join(rows)
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
