@@ -49,6 +49,8 @@ def test_a_table_is_run_once(
     assert results["accuracy"]["full"] is None  # once a table is enough
     monkeypatch.setattr(distill, "main", lambda argv: pytest.fail("it is there"))
     assert reproduce.main([*argv, "--threads", "2"]) == 0  # changes no figure
+    assert reproduce.main(["figure2", *argv[1:]]) == 0
+    assert (tmp_path / "figure2.png").stat().st_size > 1000
     capsys.readouterr()
     assert reproduce.main([*argv, "--evaluate-epochs", "3"]) == 2
     assert "another run (evaluate.epochs is 2 there and 3 here)" in capsys.readouterr().err
