@@ -123,6 +123,14 @@ _MEMORY = "memory."
 _COUNTERS = ("step", "undone", "undone_in_a_row", "skipped", "seconds")
 
 
+class Diverged(UserError):
+    """Ten steps in a row were not finite; ``state`` is the last good one."""
+
+    def __init__(self, text: str, state: State) -> None:
+        super().__init__(text)
+        self.state = state
+
+
 def distill(settings: DistillConfig, first: Synthetic, method: Method, folder: Path) -> State:
     """Runs the outer steps that are left, from the folder's checkpoint if it has one, else from ``first``.
 
@@ -131,7 +139,7 @@ def distill(settings: DistillConfig, first: Synthetic, method: Method, folder: P
 
     Raises:
         runs.Stopped: a signal asked to stop; the state is saved.
-        UserError: ten steps in a row were not finite; the last good state is saved.
+        Diverged: ten steps in a row were not finite; the last good state is saved.
     """
     checkpoint = folder / "checkpoint.safetensors"
     if checkpoint.is_file():
@@ -155,7 +163,7 @@ def distill(settings: DistillConfig, first: Synthetic, method: Method, folder: P
             progress.set_postfix(loss=row["loss"], step_size=row["step_size"], refresh=False)
             if state.undone_in_a_row >= UNDONE_IN_A_ROW:
                 save(state)
-                raise UserError(_diverged(state, folder))
+                raise Diverged(_diverged(state, folder), state)
             if state.step % settings.snapshot_every == 0 or state.step == settings.steps:
                 _save_snapshot(state, folder)
             if state.step % settings.checkpoint_every == 0:
@@ -211,7 +219,7 @@ def _outer_step(state: State, method: Method, settings: DistillConfig) -> tuple[
 def _diverged(state: State, folder: Path) -> str:
     return (
         f"{UNDONE_IN_A_ROW} steps in a row were not finite, the last of them step {state.step - 1}; the result before "
-        f"them is in {folder}/checkpoint.safetensors. Lower --lr-pixels, --lr-step-size or --step-size, or take fewer "
+        f"them is in {folder}/synthetic.safetensors. Lower --lr-pixels, --lr-step-size or --step-size, or take fewer "
         "--inner-steps."
     )
 
@@ -278,11 +286,15 @@ def _run(config: Config, args: argparse.Namespace) -> None:
             first, dataset, network, trajectories, init=settings.init, labels=settings.labels, seed=seed
         )
     method = method or method_class(replace(problem, teachers=trajectories))
-    state = (
-        select(settings, method, problem, folder)
-        if isinstance(method, Selection)
-        else distill(settings, first, method, folder)
-    )
+    try:
+        state = (
+            select(settings, method, problem, folder)
+            if isinstance(method, Selection)
+            else distill(settings, first, method, folder)
+        )
+    except Diverged as e:
+        _save_result(e.state, config, dataset, groups, folder)
+        raise
     _save_result(state, config, dataset, groups, folder)
 
     began = time.perf_counter()

@@ -106,12 +106,19 @@ class Log:
         self.rows.append(row)
 
     def flush(self) -> None:
-        """Writes what is new; the first time the whole file, so that lines after the checkpoint vanish."""
+        """Writes what is new; the first time the whole file, so that lines after the checkpoint vanish.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         if self._written == 0:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         else:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in self.rows[self._written :])
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in self.rows[self._written :])
+            except OSError as e:
+                raise _unwritable(self.path, e) from e
         self._written = len(self.rows)
 
 

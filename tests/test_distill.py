@@ -151,6 +151,17 @@ def test_ten_undone_in_a_row_end_with_the_last_good_result(tmp_path: Path) -> No
         scripted([1.0] + [float("nan")] * 10, 50, tmp_path, first_is_nan=True)
 
 
+def test_a_run_that_diverged_leaves_a_set_that_can_be_used(
+    teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    argv = ["--teachers-folder", str(teachers), "--step-size", "1e30", "--steps", "50", "--out", str(out)]
+    assert distill.main([*TOY, *argv]) == 2
+    assert f"the result before them is in {out}/synthetic.safetensors. Lower --lr-pixels" in capsys.readouterr().err
+    held, meta = synthetic.load(out / "synthetic.safetensors")
+    assert meta["undone"] == 10 and bool(torch.isfinite(held.images).all())
+
+
 def test_a_degenerate_step_is_skipped_and_counted(tmp_path: Path) -> None:
     state = scripted([1.0], 3, tmp_path, kept=0.0)
     first, _ = synthetic.load(tmp_path / "snapshots" / "step-000000.safetensors")
