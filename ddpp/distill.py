@@ -24,10 +24,12 @@ from ddpp.config import load as load_config
 from ddpp.data import Dataset
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Memory, Method, Predictor, Problem, Selection, Update
+from ddpp.methods.ddpp import DDPP
 from ddpp.synthetic import Synthetic
 from ddpp.trajectories import Trajectory
 
 UNDONE_IN_A_ROW = 10
+_OF_TRAJECTORIES = ("prune", "lr_importance", "nearest_step", "engine", "min_start_epoch", "first_max_start_epoch")
 SMALLEST_STEP_SIZE = 1e-3  # of the first one
 
 
@@ -256,6 +258,13 @@ def _check(config: Config, method: type[Method] | type[Selection]) -> None:
     if settings.labels == "soft" and not method.learns_labels:
         learning = ", ".join(name for name in METHODS.names() if METHODS.get(name).learns_labels)
         raise UserError(f"--labels soft needs a method that learns labels ({learning}), and {settings.method} does not")
+    usual = DistillConfig()
+    for name in _OF_TRAJECTORIES:
+        if getattr(settings, name) != getattr(usual, name) and not issubclass(method, DDPP):
+            option = f"--{name.replace('_', '-')} {getattr(settings, name)}"
+            raise UserError(
+                f"{option} needs a method that matches trajectories (ddpp, mtt), and {settings.method} does not"
+            )
     if settings.init == "correct" and not method.needs_teachers:
         raise UserError(f"--init correct asks teachers, and method {settings.method} has none; give --init real")
     method.check(config)

@@ -162,6 +162,11 @@ def test_the_whole_job_and_a_resumed_one_give_the_same_bytes(more: list[str], tm
         (["--method", "dm", "--labels", "soft"], "--labels soft needs a method that learns labels (ddpp"),
         (["--method", "dsa", "--init", "correct"], "--init correct asks teachers, and method dsa has none"),
         (["--method", "mtt", "--prune", "lowest"], "--prune lowest needs --method ddpp: mtt prunes nothing"),
+        (
+            ["--method", "dm", "--prune", "lowest"],
+            "--prune lowest needs a method that matches trajectories (ddpp, mtt)",
+        ),
+        (["--method", "kip", "--nearest-step"], "--nearest-step True needs a method that matches trajectories"),
         (["--min-start-epoch", "5"], "start epochs are drawn from --min-start-epoch 5"),
         (["--first-max-start-epoch", "6"], "start epochs are drawn from --min-start-epoch 0"),
     ],
