@@ -29,6 +29,10 @@ NO_TORCH = """\
 ddpp: no torch >= {}.{} was found to build against. Either
   - install it first (pip install torch), or leave out --no-build-isolation, or
   - go without the fused kernels: DDPP_BUILD_EXTENSION=0 pip install -e ."""
+NO_TOOLS = """\
+ddpp: the build needs {}, which this environment lacks. Either
+  - install what is missing (pip install {}), or leave out --no-build-isolation, or
+  - go without the fused kernels: DDPP_BUILD_EXTENSION=0 pip install -e ."""
 
 
 def extensions() -> list[Extension]:
@@ -65,6 +69,8 @@ class BuildExt(build_ext):
             raise SystemExit(NO_COMPILER)
         if include is None:
             raise SystemExit(NO_TORCH.format(*env.MIN_TORCH))
+        if tools := env.missing_tools():
+            raise SystemExit(NO_TOOLS.format(" and ".join(tools), " ".join(tools)))
         out = self.compile(include)
         for extension in self.extensions:
             destination = Path(self.get_ext_fullpath(extension.name))

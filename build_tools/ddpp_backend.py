@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import ddpp_buildenv as env
+import setuptools
 from setuptools import build_meta as _base
 from setuptools.build_meta import *  # noqa: F403
+
+env.check_setuptools(setuptools.__version__)
 
 
 def _missing() -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 MIN_TORCH = (2, 10)
 MIN_CMAKE = (3, 22)
+MIN_SETUPTOOLS = (70, 1)  # makes wheels without the package of that name
 DEFAULT_ARCHS = "8.0;9.0+PTX"
 
 
@@ -38,6 +39,21 @@ def want_cuda() -> bool:
             "ddpp: DDPP_BUILD_CUDA=1, but no working nvcc was found. Put nvcc on PATH, or set CUDACXX or CUDA_HOME."
         )
     return mode != "0" and nvcc() is not None
+
+
+def check_setuptools(version: str) -> None:
+    """pip reads build-system.requires under build isolation alone."""
+    if tuple(map(int, version.split(".")[:2])) < MIN_SETUPTOOLS and importlib.util.find_spec("wheel") is None:
+        raise SystemExit(
+            f"ddpp: setuptools {version} cannot make a wheel by itself. Either pip install 'setuptools>="
+            f"{MIN_SETUPTOOLS[0]}.{MIN_SETUPTOOLS[1]}', or leave out --no-build-isolation."
+        )
+
+
+def missing_tools() -> list[str]:
+    """What the build imports or runs, besides cmake, and this environment lacks."""
+    names = ["pybind11"] if shutil.which("ninja") else ["pybind11", "ninja"]
+    return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def debug() -> bool:

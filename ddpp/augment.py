@@ -42,7 +42,7 @@ def parse_strategy(strategy: str) -> tuple[str, ...]:
     for name in names:
         if name not in GROUPS:
             raise UserError(
-                f"strategy {strategy!r}: unknown augmentation group {name!r}{nearest(name, GROUPS)}. "
+                f"strategy {strategy!r}: unknown augmentation group {name!r}{nearest(name, GROUPS)} "
                 f"Join some of {', '.join(GROUPS)} by '_', or give 'none'."
             )
     return tuple(group for group in GROUPS if group in names)
@@ -163,7 +163,7 @@ def _check(
     unknown = [group for group in groups if group not in GROUPS]
     if unknown:
         raise UserError(
-            f"groups: unknown augmentation group {unknown[0]!r}{nearest(unknown[0], GROUPS)}. Known are "
+            f"groups: unknown augmentation group {unknown[0]!r}{nearest(unknown[0], GROUPS)} Known are "
             f"{', '.join(GROUPS)}; parse_strategy makes them of a strategy such as 'color_crop'."
         )
     if mode not in ("one", "all"):

@@ -73,7 +73,7 @@ def _check_alike(a: dict[str, Any], b: dict[str, Any], names: tuple[Path, Path])
     for section in _EQUAL:
         for key, value in a["config"][section].items():
             other = b["config"][section].get(key)
-            if value != other and key not in ("data_root", "full_epochs", "full_lr", "models"):
+            if value != other and key not in ("data_root", "full_epochs", "full_lr", "models", "augmentations"):
                 raise UserError(f"{between}: {section}.{key} is {value!r} and {other!r}")
 
 

@@ -94,7 +94,7 @@ class DistillConfig:
     )
     labels: str = option(
         "hard",
-        "Labels: fixed classes, or soft ones that begin as the teachers' and are learned.",
+        "Labels: fixed classes, or soft ones that are learned, from the teachers' answers on where there are teachers.",
         choices=("hard", "soft"),
     )
     lr_labels: float = option(1.0, "Learning rate of soft labels' logits.", low=0)
@@ -115,6 +115,9 @@ class DistillConfig:
         choices=("ratio", "none", "difference", "lowest", "depth"),
     )
     prune_share: float = option(0.25, "Share left out by difference, lowest and depth.", low=0, high=0.99)
+    lr_importance: float = option(
+        0.0, "Learning rate of a weight for each parameter in the distance (IADD); 0 weighs all alike.", low=0
+    )
     nearest_step: bool = option(False, "Match after the inner step that is nearest to the target, not after the last.")
     real_batch: int = option(256, "Real images of each class in an outer step of dc, dsa, dm and cafe.", low=1)
     loops: int | None = option(
@@ -170,6 +173,9 @@ class EvaluateConfig:
         choices=("final", "val", "test", "all"),
     )
     search_lr: bool = option(False, "Also report at the best of five learning rates, beside the learned step size.")
+    augmentations: tuple[str, ...] = option(
+        (), "Also report with each of these: none, dsa, autoaugment, randaugment, imagenet (the grid of DC-BENCH)."
+    )
 
 
 @dataclass(frozen=True)

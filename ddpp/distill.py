@@ -24,10 +24,12 @@ from ddpp.config import load as load_config
 from ddpp.data import Dataset
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Memory, Method, Predictor, Problem, Selection, Update
+from ddpp.methods.ddpp import DDPP
 from ddpp.synthetic import Synthetic
 from ddpp.trajectories import Trajectory
 
 UNDONE_IN_A_ROW = 10
+_OF_TRAJECTORIES = ("prune", "lr_importance", "nearest_step", "engine", "min_start_epoch", "first_max_start_epoch")
 SMALLEST_STEP_SIZE = 1e-3  # of the first one
 
 
@@ -123,6 +125,14 @@ _MEMORY = "memory."
 _COUNTERS = ("step", "undone", "undone_in_a_row", "skipped", "seconds")
 
 
+class Diverged(UserError):
+    """Ten steps in a row were not finite; ``state`` is the last good one."""
+
+    def __init__(self, text: str, state: State) -> None:
+        super().__init__(text)
+        self.state = state
+
+
 def distill(settings: DistillConfig, first: Synthetic, method: Method, folder: Path) -> State:
     """Runs the outer steps that are left, from the folder's checkpoint if it has one, else from ``first``.
 
@@ -131,7 +141,7 @@ def distill(settings: DistillConfig, first: Synthetic, method: Method, folder: P
 
     Raises:
         runs.Stopped: a signal asked to stop; the state is saved.
-        UserError: ten steps in a row were not finite; the last good state is saved.
+        Diverged: ten steps in a row were not finite; the last good state is saved.
     """
     checkpoint = folder / "checkpoint.safetensors"
     if checkpoint.is_file():
@@ -155,7 +165,7 @@ def distill(settings: DistillConfig, first: Synthetic, method: Method, folder: P
             progress.set_postfix(loss=row["loss"], step_size=row["step_size"], refresh=False)
             if state.undone_in_a_row >= UNDONE_IN_A_ROW:
                 save(state)
-                raise UserError(_diverged(state, folder))
+                raise Diverged(_diverged(state, folder), state)
             if state.step % settings.snapshot_every == 0 or state.step == settings.steps:
                 _save_snapshot(state, folder)
             if state.step % settings.checkpoint_every == 0:
@@ -213,7 +223,7 @@ def _outer_step(state: State, method: Method, settings: DistillConfig) -> tuple[
 def _diverged(state: State, folder: Path) -> str:
     return (
         f"{UNDONE_IN_A_ROW} steps in a row were not finite, the last of them step {state.step - 1}; the result before "
-        f"them is in {folder}/checkpoint.safetensors. Lower --lr-pixels, --lr-step-size or --step-size, or take fewer "
+        f"them is in {folder}/synthetic.safetensors. Lower --lr-pixels, --lr-step-size or --step-size, or take fewer "
         "--inner-steps."
     )
 
@@ -250,6 +260,13 @@ def _check(config: Config, method: type[Method] | type[Selection]) -> None:
     if settings.labels == "soft" and not method.learns_labels:
         learning = ", ".join(name for name in METHODS.names() if METHODS.get(name).learns_labels)
         raise UserError(f"--labels soft needs a method that learns labels ({learning}), and {settings.method} does not")
+    usual = DistillConfig()
+    for name in _OF_TRAJECTORIES:
+        if getattr(settings, name) != getattr(usual, name) and not issubclass(method, DDPP):
+            option = f"--{name.replace('_', '-')} {getattr(settings, name)}"
+            raise UserError(
+                f"{option} needs a method that matches trajectories (ddpp, mtt), and {settings.method} does not"
+            )
     if settings.init == "correct" and not method.needs_teachers:
         raise UserError(f"--init correct asks teachers, and method {settings.method} has none; give --init real")
     method.check(config)
@@ -264,6 +281,8 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     network = models.build(config.model, dataset.shape, len(dataset.classes), seed=seed).to(device)
     groups = augment.groups_for(config.augment.strategy, dataset.strategy)
     first = synthetic.start(dataset, settings.ipc, settings.init, settings.step_size, seed).to(device)
+    problem = Problem(config, dataset, network, [], groups, device)
+    method = None if method_class.needs_teachers else method_class(problem)  # may refuse, before there is a folder
     base = Path("runs") / f"{dataset.name}-{settings.method}-ipc{settings.ipc}-seed{seed}"
     folder = runs.open_folder(Path(args.out) if args.out else runs.unused_folder(base), config, resume=args.resume)
     print(f"run folder: {folder}")
@@ -271,17 +290,22 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     began = time.perf_counter()
     trajectories = _trajectories(config, dataset, network, device) if method_class.needs_teachers else []
     teachers_seconds = time.perf_counter() - began
+    if settings.labels == "soft" and not trajectories:
+        first = synthetic.with_soft_labels(first, len(dataset.classes))
     if trajectories:
         first = synthetic.start_from_teachers(
             first, dataset, network, trajectories, init=settings.init, labels=settings.labels, seed=seed
         )
-    problem = Problem(config, dataset, network, trajectories, groups, device)
-    method = method_class(problem)
-    state = (
-        select(settings, method, problem, folder)
-        if isinstance(method, Selection)
-        else distill(settings, first, method, folder)
-    )
+    method = method or method_class(replace(problem, teachers=trajectories))
+    try:
+        state = (
+            select(settings, method, problem, folder)
+            if isinstance(method, Selection)
+            else distill(settings, first, method, folder)
+        )
+    except Diverged as e:
+        _save_result(e.state, config, dataset, groups, folder)
+        raise
     _save_result(state, config, dataset, groups, folder)
 
     began = time.perf_counter()

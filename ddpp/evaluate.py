@@ -8,24 +8,25 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
+from ddpp import augment, cli, data, models, runs, scores, seeds, synthetic, training
 from ddpp import config as configuration
 from ddpp.config import Config, ModelConfig
-from ddpp.data import Dataset
+from ddpp.data import Dataset, policies
 from ddpp.errors import UserError
-from ddpp.models import Network
 from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
+_WITHOUT_POLICY = ("none", "dsa")  # augmentations that training itself knows
 RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # searched, as DD-Ranking does (arXiv 2505.13300)
 
 
@@ -37,18 +38,39 @@ class Scores(NamedTuple):
 
 
 class Evaluation:
-    """Trains and tests networks of one run; each depends only on the seed, its training images and its number."""
+    """Trains and tests networks of one run; each depends only on the seed, its training images and its number.
+
+    Attributes:
+        groups: of DSA, none for no augmentation.
+        policy: one of :data:`ddpp.data.policies.POLICIES`, or None.
+    """
 
     def __init__(
-        self, config: Config, dataset: Dataset, groups: tuple[str, ...], device: torch.device, progress: tqdm[NoReturn]
+        self,
+        config: Config,
+        dataset: Dataset,
+        groups: tuple[str, ...],
+        device: torch.device,
+        progress: tqdm[NoReturn],
+        policy: str | None = None,
     ) -> None:
         self.config, self.dataset, self.groups, self.device, self.progress = config, dataset, groups, device, progress
+        self.policy = policy
+
+    def augmented_by(self, name: str) -> Evaluation:
+        """The same with another augmentation: ``none``, ``dsa`` or a policy."""
+        groups = augment.parse_strategy(self.dataset.strategy) if name == "dsa" else ()
+        policy = None if name in _WITHOUT_POLICY else name
+        return Evaluation(self.config, self.dataset, groups, self.device, self.progress, policy)
 
     def network(self, model: str, images: Tensor, labels: Tensor, recipe: Recipe, *key: str | int) -> Scores:
         """Trains one network from scratch and tests it."""
         seed = seeds.derive(self.config.run.seed, "evaluate", model, *key)
         chosen = _model(self.config, model)
-        network = models.build(chosen, self.dataset.shape, len(self.dataset.classes), seed=seed).to(self.device)
+        network: nn.Module = models.build(chosen, self.dataset.shape, len(self.dataset.classes), seed=seed)
+        if self.policy:
+            flip, side = "flip" in self.dataset.strategy, self.dataset.shape[-1]
+            network = policies.Augmented(network, self.policy, self.dataset.transform, side=side, flip=flip, seed=seed)
         training.fit(
             network,
             images,
@@ -61,47 +83,65 @@ class Evaluation:
             tile=self.config.run.winograd,
             device=self.device,
         )
-        self.progress.update()
         held_out = None
         if len(self.dataset.val_labels):
             held_out = self._accuracy(network, self.dataset.val_images, self.dataset.val_labels)
         return Scores(self._accuracy(network, self.dataset.test_images, self.dataset.test_labels), held_out)
 
+    def networks(self, jobs: Sequence[tuple[Any, ...]]) -> list[Scores]:
+        """:meth:`network` for each of the arguments."""
+        found = []
+        for tested in self._each(jobs):
+            found.append(tested)
+            self.progress.update()
+        return found
+
+    def _each(self, jobs: Sequence[tuple[Any, ...]]) -> Iterator[Scores]:
+        """On a CPU a network a thread: they need not wait for each other, as threads within an operator do."""
+        threads = torch.get_num_threads()
+        if self.device.type != "cpu" or min(threads, len(jobs)) == 1:
+            yield from (self.network(*job) for job in jobs)
+            return
+        pool = ThreadPoolExecutor(threads)
+        torch.set_num_threads(1)  # of the threads that begin from now on, too
+        try:
+            yield from pool.map(lambda job: self.network(*job), jobs)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
+
     def random(self, model: str, ipc: int, recipe: Recipe) -> list[Scores]:
         """As many real images as there are synthetic ones, another random choice for each network."""
-        rows = []
-        for n in range(self.config.evaluate.networks):
-            chosen = synthetic.real_images(self.dataset, ipc, "random", n, seed=self.config.run.seed)
-            rows.append(self.network(model, chosen.images, chosen.labels, recipe, "random", n))
-        return rows
+        seed, numbers = self.config.run.seed, range(self.config.evaluate.networks)
+        chosen = [synthetic.real_images(self.dataset, ipc, "random", n, seed=seed) for n in numbers]
+        return self.networks([(model, c.images, c.labels, recipe, "random", n) for n, c in enumerate(chosen)])
 
     def distilled(self, model: str, trained_on: Synthetic, recipe: Recipe) -> list[Scores]:
         """Networks on a synthetic set."""
         images, labels = trained_on.images, trained_on.labels
         numbers = range(self.config.evaluate.networks)
-        return [self.network(model, images, labels, recipe, "distilled", n) for n in numbers]
+        return self.networks([(model, images, labels, recipe, "distilled", n) for n in numbers])
 
     def searched(self, model: str, trained_on: Synthetic) -> Recipe:
         """The recipe at the rate of :data:`RATES` with which one network does best."""
-        epochs, tried = self.config.evaluate.epochs, {}
-        for lr in RATES:
-            recipe = self._recipe(epochs, lr)
-            tried[lr] = self.network(model, trained_on.images, trained_on.labels, recipe, "search", 0)
-        return self._recipe(epochs, max(RATES, key=lambda lr: _preference(tried[lr])))
+        recipes = [self._recipe(self.config.evaluate.epochs, lr) for lr in RATES]
+        images, labels = trained_on.images, trained_on.labels
+        tried = self.networks([(model, images, labels, recipe, "search", 0) for recipe in recipes])
+        return max(zip(recipes, tried, strict=True), key=lambda pair: _preference(pair[1]))[0]
 
     def full(self, model: str) -> list[Scores]:
         """All real training images."""
         settings = self.config.evaluate
         recipe = self._recipe(settings.full_epochs, settings.full_lr)
         images, labels = self.dataset.train_images, self.dataset.train_labels
-        return [self.network(model, images, labels, recipe, "full", n) for n in range(settings.networks)]
+        return self.networks([(model, images, labels, recipe, "full", n) for n in range(settings.networks)])
 
     def recipe(self, trained_on: Synthetic) -> Recipe:
         """How networks are trained on a synthetic set: at its learned step size unless a rate is given."""
         settings = self.config.evaluate
         return self._recipe(settings.epochs, settings.lr if settings.lr is not None else float(trained_on.step_size))
 
-    def _accuracy(self, network: Network, images: Tensor, labels: Tensor) -> float:
+    def _accuracy(self, network: nn.Module, images: Tensor, labels: Tensor) -> float:
         run = self.config.run
         return training.accuracy(
             network, images, labels, device=self.device, fused=run.use_fused_kernels, tile=run.winograd
@@ -119,20 +159,22 @@ class Evaluation:
         )
 
 
-def _preference(scores: Scores) -> float:
+def _preference(tested: Scores) -> float:
     """On held-out images if there are any."""
-    return scores.test if scores.val is None else scores.val
+    return tested.test if tested.val is None else tested.val
 
 
 def check(config: Config, dataset: Dataset) -> None:
     """Refuses options that cannot be evaluated.
 
     Raises:
-        UserError: an unknown architecture, one that does not suit the images, or ``--select val`` without a held-out
-            part.
+        UserError: an unknown architecture or augmentation, an architecture that does not suit the images, or
+            ``--select val`` without a held-out part.
     """
     for name in config.evaluate.models:
         models.build(_model(config, name), dataset.shape, len(dataset.classes), seed=0)
+    for name in config.evaluate.augmentations:
+        policies.check_policy(name, *_WITHOUT_POLICY)
     if config.evaluate.select == "val" and not len(dataset.val_labels):
         raise UserError("--select val needs a held-out part: distil with --validation above 0")
 
@@ -157,7 +199,8 @@ def compare(
         ``full`` the ``mean`` and ``std`` (ddof 1) over ``networks``, the accuracies of the single networks, all in
         percent; and ``protocol``, which says what was selected and how. With ``select`` "all" the method's name stands
         for the last step, and beside it ``<method>/val`` and ``<method>/test`` for the snapshots that were best there;
-        with ``search_lr`` there are ``<method>/searched`` and ``random/searched``.
+        with ``search_lr`` there are ``<method>/searched`` and ``random/searched``, with ``augmentations``
+        ``<method>/<name>`` and ``random/<name>`` for each, and ``robustness``, see :func:`robustness`.
 
     Raises:
         UserError: what :func:`check` refuses, or a missing snapshot.
@@ -166,7 +209,7 @@ def compare(
     settings = config.evaluate
     candidates = _candidates(folder, settings.select)
     names = settings.models or (config.model.model,)
-    sets = len(candidates) + 1 + bool(settings.full_epochs) + 2 * settings.search_lr
+    sets = len(candidates) + 1 + bool(settings.full_epochs) + 2 * (settings.search_lr + len(settings.augmentations))
     trained = len(names) * (settings.networks * sets + settings.search_lr * len(RATES))
     with tqdm(total=trained, desc="evaluate", unit="network") as progress:
         evaluation = Evaluation(config, dataset, groups, device, progress)
@@ -174,7 +217,10 @@ def compare(
     protocol = {"select": settings.select, "networks": settings.networks, "ddof": 1, "epochs": settings.epochs}
     if settings.search_lr:
         protocol["searched_on"] = "held-out" if len(dataset.val_labels) else "test"
-    return {"accuracy": next(iter(tables.values())), "models": tables, "protocol": protocol}
+    results = {"accuracy": next(iter(tables.values())), "models": tables, "protocol": protocol}
+    if settings.augmentations:
+        results["robustness"] = {model: robustness(table, settings.augmentations) for model, table in tables.items()}
+    return results
 
 
 def _table(evaluation: Evaluation, model: str, candidates: list[tuple[int, Synthetic]]) -> dict[str, Any]:
@@ -191,8 +237,8 @@ def _table(evaluation: Evaluation, model: str, candidates: list[tuple[int, Synth
     best = {part: max(range(len(tried)), key=lambda i: _mean(tried[i], part)) for part in ("val", "test")}
     best["final"] = best["all"] = len(tried) - 1
     chosen = candidates[best[settings.select]][1]
-    recipe = evaluation.recipe(chosen)
-    table["random"] = _summary(evaluation.random(model, ipc, recipe))
+    learned = evaluation.recipe(chosen)
+    table["random"] = _summary(evaluation.random(model, ipc, learned))
     if method != "random":  # the spread of random images is that of the draw, not that of networks on one draw
         table[method] = entry(best[settings.select])
     if settings.select == "all":
@@ -202,12 +248,43 @@ def _table(evaluation: Evaluation, model: str, candidates: list[tuple[int, Synth
         recipe = evaluation.searched(model, chosen)
         table["random/searched"] = _summary(evaluation.random(model, ipc, recipe))
         table[f"{method}/searched"] = {**_summary(evaluation.distilled(model, chosen, recipe)), "lr": recipe.lr}
+    for name in settings.augmentations:
+        other = evaluation.augmented_by(name)
+        table[f"random/{name}"] = _summary(other.random(model, ipc, learned))
+        if method != "random":
+            table[f"{method}/{name}"] = _summary(other.distilled(model, chosen, learned))
     table["full"] = _summary(evaluation.full(model)) if settings.full_epochs else None
     return table
 
 
-def _mean(scores: list[Scores], part: str) -> float:
-    return statistics.fmean(s.val if part == "val" and s.val is not None else s.test for s in scores)
+def robustness(table: dict[str, Any], augmentations: Sequence[str]) -> dict[str, Any]:
+    """What the figures of an architecture say over all augmentations.
+
+    Returns:
+        ``best`` and ``average`` of the means over the augmentations (DC-BENCH, arXiv 2207.09639), in percent, by what
+        was trained on; and ``ars``, DD-Ranking's score from 0 to 1 of each augmentation beside none, if that is there.
+    """
+    rows = {name.partition("/")[0] for name in table if name.endswith(f"/{augmentations[0]}")}
+    means = {row: {name: table[f"{row}/{name}"]["mean"] for name in augmentations} for row in sorted(rows)}
+    found: dict[str, Any] = {
+        "best": {row: max(figures.values()) for row, figures in means.items()},
+        "average": {row: statistics.fmean(figures.values()) for row, figures in means.items()},
+        "ars": {},
+    }
+    method = next((row for row in means if row != "random"), None)
+    if method and "none" in augmentations:
+        for name in (name for name in augmentations if name != "none"):
+            found["ars"][name] = scores.augmentation_robust_score(
+                synthetic=means[method][name] / 100,
+                random=means["random"][name] / 100,
+                synthetic_plain=means[method]["none"] / 100,
+                random_plain=means["random"]["none"] / 100,
+            )
+    return found
+
+
+def _mean(tested: list[Scores], part: str) -> float:
+    return statistics.fmean(s.val if part == "val" and s.val is not None else s.test for s in tested)
 
 
 def _candidates(folder: Path, select: str) -> list[tuple[int, Synthetic]]:
@@ -221,8 +298,8 @@ def _candidates(folder: Path, select: str) -> list[tuple[int, Synthetic]]:
     return [(int(found["step"]), candidate) for candidate, found in loaded]
 
 
-def _summary(scores: list[Scores]) -> dict[str, Any]:
-    accuracies = [s.test for s in scores]
+def _summary(tested: list[Scores]) -> dict[str, Any]:
+    accuracies = [s.test for s in tested]
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     return {"mean": statistics.fmean(accuracies), "std": spread, "networks": accuracies}
 

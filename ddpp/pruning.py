@@ -9,6 +9,7 @@
 | depth | the first share of the layers | PAD, by depth |
 
 The first two are one fused operator; the others are a mask [P] that is a constant of the loss.
+:class:`Importance` gives each parameter that a rule keeps a learned weight.
 """
 
 from __future__ import annotations
@@ -69,6 +70,55 @@ def masked_distance(student: Tensor, target: Tensor, start: Tensor, mask: Tensor
     degenerate = denominator == 0
     loss = torch.dot(far, far) / denominator.masked_fill(degenerate, torch.inf)
     return loss.to(student.dtype), mask.sum().masked_fill(degenerate, 0)
+
+
+class Importance:
+    """A learned weight for each parameter in the distance, as IADD (arXiv 2401.15863) by its abstract: its code is not
+    public.
+
+    With a = (student - target)^2, b = (start - target)^2 and the kept parameters' weights w, the loss is
+    L = sum w a / sum w b. Parameters that match worse than the whole does (a > L b) lose weight, the others gain it.
+
+    Args:
+        keep: from (student, target), each [P], to what a rule keeps. [P] bool
+        weights: positive. [P]
+    """
+
+    def __init__(self, keep: Callable[[Tensor, Tensor], Tensor], weights: Tensor) -> None:
+        self.keep, self.weights = keep, weights
+        self._change = torch.zeros_like(weights)
+
+    def distance(self, student: Tensor, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """As what :func:`distance` returns, weighted."""
+        mask = self.keep(student.detach(), target)
+        root = self.weights.sqrt()
+        loss, kept = masked_distance(root * student, root * target, root * start, mask)
+        with torch.no_grad():
+            far, span = ((x - target).square().masked_fill(~mask, 0) for x in (student, start))
+            denominator = (self.weights * span).mean()
+            self._change = torch.where(kept > 0, (far - loss * span) / denominator, 0)
+        return loss, kept
+
+    def learned(self, lr: float) -> Tensor:
+        """The weights after a step against the last distance's derivative by their logarithms, of mean 1. [P]"""
+        moved = self.weights * (-lr * self.weights * self._change).exp()
+        return moved / moved.mean()
+
+
+def keep(rule: str, layout: Layout, *, epsilon: float = 0.1, share: float = 0.25) -> Callable[[Tensor, Tensor], Tensor]:
+    """What a rule keeps, as a function of (student, target), each [P]; arguments as for :func:`distance`. [P] bool"""
+    if rule == "ratio":
+        return partial(keep_by_ratio, epsilon=epsilon)
+    if rule in ("difference", "lowest"):
+        return partial(keep_by_difference, share=share, furthest=rule == "difference")
+    mask = keep_deep(layout, share if rule == "depth" else 0.0)
+    return lambda student, target: mask.to(student.device)
+
+
+def keep_by_ratio(student: Tensor, target: Tensor, epsilon: float) -> Tensor:
+    """True where student / target and target / student are at least epsilon, at 0 / 0 and at a NaN. [P] bool"""
+    small, large = torch.minimum(student.abs(), target.abs()), torch.maximum(student.abs(), target.abs())
+    return ~((student.sign() != target.sign()) | (small < epsilon * large)) | student.isnan() | target.isnan()
 
 
 def keep_by_difference(student: Tensor, target: Tensor, share: float, *, furthest: bool) -> Tensor:

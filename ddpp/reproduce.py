@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import json
 import sys
 import time
@@ -40,6 +41,9 @@ QUICK = {  # by images per class, over the method's quick preset: one run is a m
 }
 
 
+Given = dict[str, dict[str, Any]]  # by section and option
+
+
 @dataclass(frozen=True)
 class Table:
     """What a target shows."""
@@ -51,6 +55,9 @@ class Table:
     search_lr: bool = False
 
 
+SECTIONS = ("data", "evaluate", "run")  # whose options reach every run
+# What does not change a figure, or is trained for one cell of a table alone.
+_MAY_DIFFER = ("data.data_root", "data.download", "run.threads", "run.device", "evaluate.full_epochs")
 TARGETS = {
     "table1": Table("Test accuracy by images per class", tuple(METHODS.names()), (1, 10, 50)),
     "table2": Table("Test accuracy on ConvNets of two widths", ("kip", "mtt", "ddpp"), (1,), WIDTHS),
@@ -74,28 +81,38 @@ class Cell:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def reproduce(target: Table, cells: Sequence[Cell], config: Config, budget: str, given: Sequence[str]) -> list[str]:
+def reproduce(target: Table, cells: Sequence[Cell], config: Config, budget: str, given: Given) -> list[str]:
     """Runs what is missing. A run that fails does not stop the others.
 
     Returns:
         What failed, one line each.
+
+    Raises:
+        UserError: a run that is there has other options.
     """
-    failed, began, missing = [], time.perf_counter(), [cell for cell in cells if cell.results is None]
+    wanted, failed = {}, []
+    for cell in cells:
+        try:
+            wanted[cell] = _configuration(target, cell, config, budget, given)
+        except UserError as e:
+            failed.append(str(e))
+            continue
+        if (cell.folder / "config.toml").is_file():
+            runs.check_same_run(cell.folder, wanted[cell], _MAY_DIFFER)
+    began, missing = time.perf_counter(), [cell for cell in wanted if cell.results is None]
     for done, cell in enumerate(missing):
         left = (time.perf_counter() - began) / done * (len(missing) - done) if done else None
         remaining = "" if left is None else f", about {left / 60:.0f} min left"
         print(f"\n[{done + 1}/{len(missing)}] {cell.method}, {cell.ipc} images per class{remaining}", flush=True)
-        if code := distill.main(_arguments_of(target, cell, config, budget, given)):
+        if code := distill.main(_arguments_of(cell, wanted[cell])):
             if code >= 128:
                 raise runs.Stopped(f"stopped in {cell.folder}; the same command continues", code - 128)
             failed.append(f"{cell.method}, {cell.ipc} images per class: exit code {code}, see above")
     return failed
 
 
-def _arguments_of(target: Table, cell: Cell, config: Config, budget: str, given: Sequence[str]) -> list[str]:
-    """The command line of :mod:`ddpp.distill`."""
-    if (cell.folder / "checkpoint.safetensors").is_file():
-        return ["--out", str(cell.folder), "--resume"]
+def _configuration(target: Table, cell: Cell, config: Config, budget: str, given: Given) -> Config:
+    """The options of a cell: of its preset, of the budget and of the target, then those given."""
     values = _preset(cell, config, budget)
     values.setdefault("distill", {}).update(method=cell.method, ipc=cell.ipc)
     if budget == "quick":
@@ -104,11 +121,17 @@ def _arguments_of(target: Table, cell: Cell, config: Config, budget: str, given:
         values.setdefault("evaluate", {}).update({} if cell.full else {"full_epochs": 0})
     if target.architectures:
         values.setdefault("evaluate", {}).update(models=list(target.architectures), search_lr=target.search_lr)
-    merged = Config().with_values(values, f"{cell.method}, {cell.ipc} images per class")
+    return Config().with_values(values, f"{cell.method}, {cell.ipc} images per class").with_values(given, "reproduce")
+
+
+def _arguments_of(cell: Cell, settings: Config) -> list[str]:
+    """The command line of :mod:`ddpp.distill`."""
+    if (cell.folder / "checkpoint.safetensors").is_file():
+        return ["--out", str(cell.folder), "--resume"]
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
     file = cell.folder.parent / f"{cell.folder.name}.toml"
-    runs.write_text(file, merged.to_toml())
-    return ["--config", str(file), *given, "--out", str(cell.folder), *_again(cell)]
+    runs.write_text(file, settings.to_toml())
+    return ["--config", str(file), "--out", str(cell.folder), *_again(cell)]
 
 
 def _again(cell: Cell) -> list[str]:
@@ -117,20 +140,24 @@ def _again(cell: Cell) -> list[str]:
 
 
 def _preset(cell: Cell, config: Config, budget: str) -> dict[str, dict[str, Any]]:
-    """The settings of a cell; a selection, which has no preset, goes by those of DDPP's teachers and evaluation."""
-    dataset = config.data.dataset
-    size = "quick" if budget == "quick" else f"ipc{cell.ipc}"
-    for method in (cell.method, "ddpp"):
-        name = f"{method}-{dataset}-{size}"
-        if name in configuration.preset_names():
-            values = configuration.read_preset(name)
-            if method == cell.method:
-                return values
-            values.pop("distill")
+    """The settings of a cell. Quick ones of a folder suit other colour images too.
+
+    A selection, which has no preset, goes by those of DDPP's teachers and evaluation.
+
+    Raises:
+        UserError: there are none.
+    """
+    dataset, selects = config.data.dataset, hasattr(METHODS.get(cell.method), "choose")
+    kinds = [f"{dataset}-quick", "folder-quick"] if budget == "quick" else [f"{dataset}-ipc{cell.ipc}"]
+    for method, kind in itertools.product([cell.method, "ddpp"] if selects else [cell.method], kinds):
+        if f"{method}-{kind}" in configuration.preset_names():
+            values = configuration.read_preset(f"{method}-{kind}")
+            values["data"]["dataset"] = dataset
+            if method != cell.method:
+                values.pop("distill")
             return values
-    if budget == "paper":
-        raise UserError(f"no published setting for {cell.method} on {dataset} with {cell.ipc} images per class")
-    return {"data": {"dataset": dataset}}
+    which = "quick" if budget == "quick" else "published"
+    raise UserError(f"no {which} setting for {cell.method} on {dataset} with {cell.ipc} images per class")
 
 
 def write(target: Table, cells: Sequence[Cell], folder: Path, dataset: str, command: str) -> str:
@@ -276,18 +303,23 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     dataset = config.data.dataset
     seed = config.run.seed
     ipcs = tuple(args.ipc or target.ipcs)
+    if target.architectures and len(ipcs) > 1:
+        raise UserError(f"{args.target} shows one number of images per class, got --ipc {' '.join(map(str, ipcs))}")
     folder = Path(args.out or f"runs/{args.target}-{dataset}-{args.budget}")
+    shows_full = not target.architectures
     cells = [
         Cell(
-            method, ipc, folder / f"{dataset}-{method}-ipc{ipc}-seed{seed}", full=(method, ipc) == (methods[0], ipcs[0])
+            method,
+            ipc,
+            folder / f"{dataset}-{method}-ipc{ipc}-seed{seed}",
+            full=shows_full and (method, ipc) == (methods[0], ipcs[0]),
         )
         for method in methods
         for ipc in ipcs
     ]
-    given = _given(config)
+    given = _given(config, args)
     failed = reproduce(target, cells, config, args.budget, given)
-    command = f"python -m ddpp.reproduce {args.target} --budget {args.budget} {' '.join(given)}".strip()
-    print("\n" + write(target, cells, folder, dataset, command))
+    print("\n" + write(target, cells, folder, dataset, _command(args, given)))
     if args.target == "figure2":
         _draw_images(cells, folder / "figure2.png")
     print(f"written: {folder}/table.md, table.csv, table.tex, table.png")
@@ -295,19 +327,30 @@ def _run(config: Config, args: argparse.Namespace) -> None:
         raise UserError("some runs failed:\n  " + "\n  ".join(failed))
 
 
-def _given(config: Config) -> list[str]:
-    """The options of data and run that differ from their defaults, as a command line."""
-    given: list[str] = []
-    for section in ("data", "run"):
+def _given(config: Config, args: argparse.Namespace) -> Given:
+    """The options that were given or differ from their defaults."""
+    given: Given = {}
+    for section in SECTIONS:
         found, usual = getattr(config, section), getattr(Config(), section)
         for name, value in vars(found).items():
-            if value == getattr(usual, name):
-                continue
-            flag = name.replace("_", "-")
-            given += (
-                [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-            )
+            if value != getattr(usual, name) or f"{section}.{name}" in vars(args):
+                given.setdefault(section, {})[name] = value
     return given
+
+
+def _command(args: argparse.Namespace, given: Given) -> str:
+    """The command line that gave a table."""
+    words = ["python -m ddpp.reproduce", args.target, "--budget", args.budget]
+    words += ["--methods", *args.methods] if args.methods else []
+    words += ["--ipc", *args.ipc] if args.ipc else []
+    for section, table in given.items():
+        for name, value in table.items():
+            flag = (f"evaluate_{name}" if section == "evaluate" else name).replace("_", "-")
+            if isinstance(value, bool):
+                words.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                words += [f"--{flag}", *(value if isinstance(value, tuple) else [value])]
+    return " ".join(map(str, words))
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -330,7 +373,7 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Run what a table of the paper is missing and write the table beside the published figures."
-    return cli.run("reproduce", description, "reproduce", ("data", "run"), _run, argv, arguments=_arguments)
+    return cli.run("reproduce", description, "reproduce", SECTIONS, _run, argv, arguments=_arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import resource
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -106,12 +106,19 @@ class Log:
         self.rows.append(row)
 
     def flush(self) -> None:
-        """Writes what is new; the first time the whole file, so that lines after the checkpoint vanish."""
+        """Writes what is new; the first time the whole file, so that lines after the checkpoint vanish.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
         if self._written == 0:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         else:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in self.rows[self._written :])
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in self.rows[self._written :])
+            except OSError as e:
+                raise _unwritable(self.path, e) from e
         self._written = len(self.rows)
 
 
@@ -162,9 +169,7 @@ def open_folder(path: Path, config: Config, *, resume: bool) -> Path:
     """
     saved = path / "config.toml"
     if saved.is_file():
-        difference = _difference(configuration.load(saved), config)
-        if difference:
-            raise UserError(f"{path} holds another run ({difference}). Choose another --out.")
+        check_same_run(path, config)
         if not resume:
             state = (
                 "a finished run"
@@ -179,6 +184,23 @@ def open_folder(path: Path, config: Config, *, resume: bool) -> Path:
         raise UserError(f"{path} exists and is not a run folder. Choose another --out.")
     write_text(saved, config.to_toml())
     return path
+
+
+def check_same_run(path: Path, config: Config, but: Collection[str] = ()) -> None:
+    """Refuses a run folder whose options are others, apart from those named in ``but`` as ``section.option``.
+
+    Raises:
+        UserError: they are; the message names them.
+    """
+    saved, rows = configuration.load(path / "config.toml"), []
+    for section in SECTIONS:
+        old, new = getattr(saved, section), getattr(config, section)
+        for name in (f"{section}.{f.name}" for f in fields(old)):
+            there, here = (getattr(table, name.partition(".")[2]) for table in (old, new))
+            if there != here and name not in but:
+                rows.append(f"{name} is {there!r} there and {here!r} here")
+    if rows:
+        raise UserError(f"{path} holds another run ({', '.join(rows)}). Choose another --out.")
 
 
 def unused_folder(base: Path) -> Path:
@@ -212,17 +234,38 @@ def accuracy_table(results: dict[str, Any]) -> str:
         "test": "the snapshot best on the test images themselves, as papers often do: too high",
         "all": "the last outer step where nothing else is said",
     }[protocol["select"]]
-    return "\n".join(rows) + (
+    return "\n".join([*rows, *_robustness_lines(results)]) + (
         f"\n\nTest accuracy in percent, mean ± standard deviation (ddof {protocol['ddof']}) over "
         f"{protocol['networks']} networks trained from scratch; synthetic images of {chosen}."
     )
+
+
+def _robustness_lines(results: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for model, found in results.get("robustness", {}).items():
+        for what in ("best", "average"):
+            shown = ", ".join(f"{condition_name(row)} {value:.1f}" for row, value in found[what].items())
+            lines += ["", f"{model}, {what} over the augmentations: {shown}"]
+        if found["ars"]:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in found["ars"].items())
+            lines[-1] += f"; ARS (0 to 1): {shown}"
+    return lines
 
 
 def condition_name(condition: str) -> str:
     """A condition in words."""
     trained_on, _, chosen = condition.partition("/")
     name = {"random": "random real images", "full": "all real data"}.get(trained_on, trained_on)
-    how = {"val": "best on held-out", "test": "best on test, as papers do: too high", "searched": "searched rate"}
+    how = {
+        "val": "best on held-out",
+        "test": "best on test, as papers do: too high",
+        "searched": "searched rate",
+        "none": "no augmentation",
+        "dsa": "DSA",
+        "autoaugment": "AutoAugment",
+        "randaugment": "RandAugment",
+        "imagenet": "ImageNet's augmentation",
+    }
     return f"{name} ({how[chosen]})" if chosen else name
 
 
@@ -235,16 +278,6 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def _difference(saved: Config, asked: Config) -> str:
-    rows = []
-    for section in SECTIONS:
-        old, new = getattr(saved, section), getattr(asked, section)
-        for f in fields(old):
-            if getattr(old, f.name) != getattr(new, f.name):
-                rows.append(f"{section}.{f.name} is {getattr(old, f.name)!r} there and {getattr(new, f.name)!r} here")
-    return ", ".join(rows)
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

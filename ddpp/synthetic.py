@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ddpp.models import flat
 from ddpp.trajectories import Trajectory
 
 FORMAT = 1
+FIRST_SHARE = 0.9  # of an image's class in the soft labels that no teacher gives
 _AT_ONCE = 500  # images
 
 
@@ -79,6 +81,12 @@ def start(dataset: Dataset, ipc: int, init: str, step_size: float, seed: int) ->
         noise = torch.randn(images.images.shape, generator=seeds.generator(seed, "noise"))
         images = replace(images, images=noise)
     return replace(images, step_size=torch.tensor(step_size))
+
+
+def with_soft_labels(first: Synthetic, classes: int) -> Synthetic:
+    """Logits whose softmax gives an image's class :data:`FIRST_SHARE` and the others alike what is left."""
+    height = math.log(FIRST_SHARE / (1 - FIRST_SHARE) * (classes - 1))
+    return replace(first, labels=height * torch.nn.functional.one_hot(first.labels, classes).float())
 
 
 @torch.no_grad()

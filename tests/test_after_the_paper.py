@@ -138,8 +138,9 @@ def test_flat_minima_on_a_quadratic() -> None:
         ["--labels", "soft", "--init", "correct", "--lr-labels", "2", "--first-max-start-epoch", "1"],
         ["--prune", "lowest", "--ema", "0.9", "--nearest-step"],
         ["--prune", "depth", "--engine", "tesla", "--teachers-sharpness-radius", "0.01"],
+        ["--lr-importance", "0.01"],
     ],
-    ids=["datm", "pad-ftd-att", "tesla"],
+    ids=["datm", "pad-ftd-att", "tesla", "iadd"],
 )
 def test_the_whole_job_and_a_resumed_one_give_the_same_bytes(more: list[str], tmp_path: Path) -> None:
     argv = [*TOY, *more, "--teachers-folder", str(tmp_path / "teachers")]
@@ -160,6 +161,12 @@ def test_the_whole_job_and_a_resumed_one_give_the_same_bytes(more: list[str], tm
     [
         (["--method", "dm", "--labels", "soft"], "--labels soft needs a method that learns labels (ddpp"),
         (["--method", "dsa", "--init", "correct"], "--init correct asks teachers, and method dsa has none"),
+        (["--method", "mtt", "--prune", "lowest"], "--prune lowest needs --method ddpp: mtt prunes nothing"),
+        (
+            ["--method", "dm", "--prune", "lowest"],
+            "--prune lowest needs a method that matches trajectories (ddpp, mtt)",
+        ),
+        (["--method", "kip", "--nearest-step"], "--nearest-step True needs a method that matches trajectories"),
         (["--min-start-epoch", "5"], "start epochs are drawn from --min-start-epoch 5"),
         (["--first-max-start-epoch", "6"], "start epochs are drawn from --min-start-epoch 0"),
     ],

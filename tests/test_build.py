@@ -142,6 +142,19 @@ def test_cuda_asked_for_without_nvcc(buildenv: Any, monkeypatch: pytest.MonkeyPa
     assert not buildenv.want_cuda()
 
 
+def test_an_old_setuptools_is_named(buildenv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buildenv.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"setuptools 65\.5\.0 cannot make a wheel .*pip install 'setuptools>=70\.1'"):
+        buildenv.check_setuptools("65.5.0")
+    buildenv.check_setuptools("70.1.0")
+
+
+def test_missing_build_tools_are_named(buildenv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buildenv.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(buildenv.shutil, "which", lambda name: None)
+    assert buildenv.missing_tools() == ["pybind11", "ninja"]
+
+
 def test_building_without_a_compiler_names_the_ways_out(tmp_path: Path) -> None:
     """On a copy, so that nothing of this checkout is touched."""
     for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):

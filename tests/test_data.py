@@ -12,7 +12,7 @@ import torch
 
 from ddpp import data, seeds
 from ddpp.config import DataConfig
-from ddpp.data import preprocess
+from ddpp.data import policies, preprocess
 from ddpp.data.split import stratified
 from ddpp.errors import UserError
 
@@ -353,3 +353,25 @@ def test_image_size_is_for_folders() -> None:
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError, match="unknown data set 'cifar-10'; did you mean 'cifar10'"):
         data.load(DataConfig(dataset="cifar-10"))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policy", policies.POLICIES)
+def test_a_policy_changes_what_a_network_trains_on_and_nothing_else(policy: str, channels: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (6, channels, 16, 16), generator=draw) / 255
+    transform = {"mean": torch.full((channels,), 0.5), "std": torch.full((channels,), 0.25)}
+    images = data.from_pixels(transform, pixels)
+
+    def seen(seed: int) -> torch.Tensor:
+        network = policies.Augmented(torch.nn.Identity(), policy, transform, side=16, flip=True, seed=seed)
+        assert torch.equal(network.eval()(images), images)
+        return torch.stack([network.train()(images) for _ in range(3)])
+
+    state = torch.random.get_rng_state()
+    first = seen(0)
+    assert torch.equal(first, seen(0)) and not torch.equal(first, seen(1))
+    assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's draws move
+    assert first.shape == (3, *images.shape) and not torch.equal(first[0], first[1])
+    values = 255 * data.to_pixels_from(transform, first[0])
+    assert torch.allclose(values, values.round(), atol=1e-3) and values.min() >= 0 and values.max() <= 255

@@ -151,6 +151,17 @@ def test_ten_undone_in_a_row_end_with_the_last_good_result(tmp_path: Path) -> No
         scripted([1.0] + [float("nan")] * 10, 50, tmp_path, first_is_nan=True)
 
 
+def test_a_run_that_diverged_leaves_a_set_that_can_be_used(
+    teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    argv = ["--teachers-folder", str(teachers), "--step-size", "1e30", "--steps", "50", "--out", str(out)]
+    assert distill.main([*TOY, *argv]) == 2
+    assert f"the result before them is in {out}/synthetic.safetensors. Lower --lr-pixels" in capsys.readouterr().err
+    held, meta = synthetic.load(out / "synthetic.safetensors")
+    assert meta["undone"] == 10 and bool(torch.isfinite(held.images).all())
+
+
 def test_a_degenerate_step_is_skipped_and_counted(tmp_path: Path) -> None:
     state = scripted([1.0], 3, tmp_path, kept=0.0)
     first, _ = synthetic.load(tmp_path / "snapshots" / "step-000000.safetensors")
@@ -225,6 +236,17 @@ def test_evaluate_says_what_it_selected(select: str, finished: Path, capsys: pyt
     assert text in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_networks_side_by_side_are_those_one_after_the_other(finished: Path) -> None:
+    argv = [str(finished), "--models", "convnet", "alexnet", "--networks", "3", "--epochs", "4", "--full-epochs", "1"]
+    found = []
+    for threads in ("1", "2"):
+        assert evaluate.main([*argv, "--threads", threads]) == 0
+        assert torch.get_num_threads() == int(threads)
+        found.append(json.loads((finished / "evaluation.json").read_text())["models"])
+    assert found[0] == found[1]
+
+
 def test_a_width_may_stand_behind_convnet(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(finished), "--networks", "1", "--epochs", "1", "--full-epochs", "0", "--models"]
     assert evaluate.main([*argv, "convnet", "convnet:16"]) == 0
@@ -245,6 +267,21 @@ def test_protocols_stand_side_by_side(finished: Path, capsys: pytest.CaptureFixt
     assert table["ddpp/searched"]["lr"] in evaluate.RATES and results["protocol"]["searched_on"] == "held-out"
     shown = capsys.readouterr().out
     assert "ddpp (searched rate)" in shown and "ddpp (best on test, as papers do: too high)" in shown
+
+
+def test_augmentations_stand_side_by_side(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(finished), "--networks", "2", "--epochs", "2", "--full-epochs", "0", "--augmentations"]
+    grid = ["none", "dsa", "autoaugment", "randaugment", "imagenet"]
+    assert evaluate.main([*argv, *grid]) == 0
+    results = json.loads((finished / "evaluation.json").read_text())
+    table, found = results["accuracy"], results["robustness"]["convnet"]
+    means = [table[f"ddpp/{name}"]["mean"] for name in grid]
+    assert table["ddpp/dsa"]["networks"] == table["ddpp"]["networks"]  # what digits are trained with anyway
+    assert found["best"]["ddpp"] == max(means) and found["average"]["ddpp"] == pytest.approx(sum(means) / 5)
+    assert set(found["ars"]) == set(grid[1:]) and all(0 < score < 1 for score in found["ars"].values())
+    assert "| ddpp (AutoAugment) |" in capsys.readouterr().out
+    assert evaluate.main([*argv, "randomaugment"]) == 2
+    assert "unknown augmentation 'randomaugment'; did you mean 'randaugment'?" in capsys.readouterr().err
 
 
 def test_report_is_made_from_files_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

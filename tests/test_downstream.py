@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpp import compare, continual, distill, scores, search
+from ddpp import compare, continual, distill, evaluate, scores, search, synthetic
 from ddpp.errors import UserError
 
 TOY = [
@@ -98,6 +98,17 @@ def test_runs_that_cannot_be_compared_are_refused(
     other = changed(finished, tmp_path / "other", section, key, value)
     assert compare.main(["--first", str(finished), "--second", str(other)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_runs_of_different_data_are_refused(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    held, meta = synthetic.load(other / "synthetic.safetensors")
+    held.save(other / "synthetic.safetensors", {**meta, "fingerprint": "of other pixels"})
+    assert compare.main(["--first", str(finished), "--second", str(other)]) == 2
+    assert "cannot be compared: they were distilled from different data" in capsys.readouterr().err
+    assert evaluate.main([str(other)]) == 2
+    assert "distilled from other data than its data set holds now" in capsys.readouterr().err
 
 
 def test_continual_learning_with_three_memories(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,31 @@ def test_targets_are_one_hot_less_their_mean() -> None:
     assert torch.equal(kip.targets(torch.tensor([2, 0]), 4), wanted)
 
 
+def test_soft_targets_are_shares_less_their_mean() -> None:
+    first = synthetic.Synthetic(torch.zeros(2, 1, 8, 8), torch.tensor([2, 0]), torch.tensor(0.01))
+    soft = synthetic.with_soft_labels(first, 4).labels
+    shares = torch.tensor([[1 / 30, 1 / 30, 0.9, 1 / 30], [0.9, 1 / 30, 1 / 30, 1 / 30]], dtype=torch.float64)
+    torch.testing.assert_close(kip.targets(soft, 4), shares - 0.25)
+
+
+def test_the_gradient_of_soft_labels(problem: Problem) -> None:
+    """By finite differences of the loss that a step reports."""
+    method = METHODS.get("kip")(problem)
+    start = synthetic.with_soft_labels(synthetic.start(problem.dataset, 2, "real", 0.01, 0), 10)
+    start = replace(start, labels=start.labels.double())
+    direction = torch.randn(start.labels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def loss(by: float) -> float:
+        return float(method.update(replace(start, labels=start.labels + by * direction), 3, {}).loss)
+
+    found = method.update(start, 3, {})
+    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    assert found.labels is not None and float((found.labels * direction).sum()) == pytest.approx(slope, rel=1e-5)
+    assert (
+        METHODS.get("kip")(problem).update(synthetic.start(problem.dataset, 2, "real", 0.01, 0), 3, {}).labels is None
+    )
+
+
 def test_the_loss_of_a_step_and_its_gradient(problem: Problem) -> None:
     """The loss written out image by image, its gradient by finite differences."""
     start = synthetic.start(problem.dataset, 2, "real", 0.01, 0)
@@ -99,7 +124,9 @@ def test_the_regression_knows_what_it_was_fitted_to(problem: Problem) -> None:
     assert kip.accuracy_of_krr(WideNetwork("conv", 2), held, wrong, 1e-6) == 0
 
 
-def test_pooling_that_does_not_fit_is_refused(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pooling_that_does_not_fit_is_refused(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Of digits 64 * 64 pairs of positions, 20 images, 2 layers, 24 numbers of 8 bytes: 30 MiB."""
     settings = replace(SETTINGS, distill=replace(SETTINGS.distill, kip_kernel="conv-gap"))
     pooled = replace(problem, config=settings)
@@ -107,6 +134,9 @@ def test_pooling_that_does_not_fit_is_refused(problem: Problem, monkeypatch: pyt
     monkeypatch.setattr(kip, "_memory", lambda device: 2**20)
     with pytest.raises(UserError, match=r"conv-gap needs 0\.0 GiB for one real image and 20 synthetic ones of 1x8x8"):
         METHODS.get("kip")(pooled)
+    out = tmp_path / "run"
+    assert distill.main([*TOY, "--kip-kernel", "conv-gap", "--out", str(out)]) == 2
+    assert not out.exists()  # refused before anything is begun
 
 
 def test_numbers_that_are_not_finite_come_back(problem: Problem) -> None:
@@ -119,6 +149,9 @@ def test_numbers_that_are_not_finite_come_back(problem: Problem) -> None:
 def test_the_whole_job_and_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert distill.main([*TOY, "--out", str(tmp_path / name)]) == 0
+    soft = tmp_path / "soft"
+    assert distill.main([*TOY, "--labels", "soft", "--out", str(soft)]) == 0
+    assert synthetic.load(soft / "synthetic.safetensors")[0].labels.is_floating_point()
     one, two = (tmp_path / name / "synthetic.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
     rows = runs.read_log(tmp_path / "one" / "log.jsonl")

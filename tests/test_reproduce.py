@@ -48,8 +48,23 @@ def test_a_table_is_run_once(
     assert float(rows[1]["mean"]) == results["accuracy"]["dm"]["mean"] and rows[1]["networks"] == "2"
     assert results["accuracy"]["full"] is None  # once a table is enough
     monkeypatch.setattr(distill, "main", lambda argv: pytest.fail("it is there"))
-    assert reproduce.main(argv) == 0
+    assert reproduce.main([*argv, "--threads", "2"]) == 0  # changes no figure
+    assert reproduce.main(["figure2", *argv[1:]]) == 0
+    assert (tmp_path / "figure2.png").stat().st_size > 1000
     capsys.readouterr()
+    assert reproduce.main([*argv, "--evaluate-epochs", "3"]) == 2
+    assert "another run (evaluate.epochs is 2 there and 3 here)" in capsys.readouterr().err
+
+
+def test_options_of_the_evaluation_reach_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "QUICK", TINY)
+    argv = ["table3", "--methods", "dm", "--ipc", "1", "--out", str(tmp_path), "--evaluate-networks", "3"]
+    assert reproduce.main([*argv, "--evaluate-models", "convnet", "--no-evaluate-search-lr"]) == 0
+    results = json.loads((tmp_path / "digits-dm-ipc1-seed0" / "results.json").read_text())
+    assert len(results["accuracy"]["dm"]["networks"]) == 3 and "dm/searched" not in results["accuracy"]
+    assert results["accuracy"]["full"] is None  # the table does not show it
+    text = (tmp_path / "table.md").read_text()
+    assert "--methods dm --ipc 1 --evaluate-models convnet --evaluate-networks 3 --no-evaluate-search-lr" in text
 
 
 def test_published_figures_stand_beside(tmp_path: Path) -> None:
@@ -86,12 +101,27 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert "| herding | not run |" in (tmp_path / "table.md").read_text()
 
 
+def test_what_has_no_published_setting_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: list[str]) -> int:
+        finished(Path(argv[argv.index("--out") + 1]), {"dm": figure(26), "full": None})
+        return 0
+
+    monkeypatch.setattr(distill, "main", main)
+    argv = ["table1", "--budget", "paper", "--dataset", "cifar10", "--methods", "cafe", "dm", "--ipc", "1"]
+    assert reproduce.main([*argv, "--out", str(tmp_path)]) == 2
+    assert "no published setting for cafe on cifar10" in capsys.readouterr().err
+    assert "| dm | 26.0 ± 1.5 |" in (tmp_path / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["table1", "--methods", "herdin"], "unknown method 'herdin'; did you mean 'herding'"),
         (["table1", "--budget", "paper", "--methods", "dm"], "no published setting for dm on digits"),
         (["table9"], "invalid choice: 'table9'"),
+        (["table3", "--ipc", "1", "10"], "table3 shows one number of images per class, got --ipc 1 10"),
     ],
 )
 def test_wrong_requests_are_named(
@@ -107,8 +137,8 @@ def test_wrong_requests_are_named(
 def test_every_quick_preset_is_a_cell() -> None:
     for method in ("dc", "dsa", "dm", "mtt", "ddpp"):  # cafe and kip have one for digits only
         cell = reproduce.Cell(method, 1, Path("absent"), full=False)
-        for dataset in ("digits", "folder"):
+        for dataset in ("digits", "folder", "svhn"):
             values = reproduce._preset(
                 cell, reproduce.Config().with_values({"data": {"dataset": dataset}}, ""), "quick"
             )
-            assert values["distill"]["method"] == method
+            assert values["distill"]["method"] == method and values["data"]["dataset"] == dataset

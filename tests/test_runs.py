@@ -75,6 +75,18 @@ def test_a_log_continues_at_its_checkpoint(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is always full")
+def test_a_log_on_a_full_disk_is_said(tmp_path: Path) -> None:
+    log = runs.Log(tmp_path / "log.jsonl", 0)
+    log.add({"step": 0})
+    log.flush()
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    log.add({"step": 1})
+    with pytest.raises(UserError, match=r"the disk is full: .*log.jsonl was not written"):
+        log.flush()
+
+
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     folder, config = tmp_path / "run", Config()
     runs.open_folder(folder, config, resume=False)

@@ -11,9 +11,11 @@ from ddpp.errors import UserError
 from ddpp.gpu import send
 from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.models import flat
-from ddpp.pruning import Distance
+from ddpp.pruning import Importance
 from ddpp.synthetic import Synthetic
 from ddpp.unroll import matching_gradients, provider
+
+_IMPORTANCE = "importance"  # in the memory
 
 
 @METHODS.register("ddpp")
@@ -22,7 +24,7 @@ class DDPP:
 
     Equations 1 to 8 of the paper. Teachers are visited in random order, each once before any comes again. Options make
     it what came after: another rule of pruning, soft labels and a window of start epochs that grows (DATM, PAD), the
-    nearest inner step (ATT).
+    nearest inner step (ATT), learned weights of the parameters (IADD).
     """
 
     needs_teachers = True
@@ -51,16 +53,19 @@ class DDPP:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.distance = self._distance()
-        name = "auto" if problem.config.run.use_fused_kernels else "autograd"
-        tile, graphs = problem.config.run.winograd, problem.config.run.cuda_graphs
-        self.step = provider(problem.network, name, tile=tile, graphs=graphs)
+        settings, layout, run = problem.config.distill, flat.layout(problem.network), problem.config.run
+        bounds = {"epsilon": settings.epsilon, "share": settings.prune_share}
+        self.distance = pruning.distance(self.rule, layout, **bounds, fused=run.use_fused_kernels)
+        self.keep = pruning.keep(self.rule, layout, **bounds)
+        name = "auto" if run.use_fused_kernels else "autograd"
+        self.step = provider(problem.network, name, tile=run.winograd, graphs=run.cuda_graphs)
 
     def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
         settings, problem = self.problem.config.distill, self.problem
         index, epoch = self._draw_start(step)
         start, target = problem.teachers[index].rows(epoch, epoch + settings.teacher_span)
         batches = self._draw_batches(len(synthetic.images), step)
+        importance = self._importance(start, memory)
         result = matching_gradients(
             problem.network,
             send(start, problem.device),
@@ -74,21 +79,24 @@ class DDPP:
             fused=problem.config.run.use_fused_kernels,
             step=self.step,
             checkpoint_every=settings.keep_every,
-            distance=self.distance,
+            distance=importance.distance if importance else self.distance,
             nearest_step=settings.nearest_step,
         )
-        kept = result.kept / len(start)
-        return Update(result.loss, result.images, result.lr, kept, {"teacher": index, "start": epoch}, result.labels)
+        kept, note = result.kept / len(start), {"teacher": index, "start": epoch}
+        learned = {_IMPORTANCE: importance.learned(settings.lr_importance)} if importance else {}
+        return Update(result.loss, result.images, result.lr, kept, note, result.labels, learned)
 
-    def _distance(self) -> Distance:
-        config = self.problem.config
-        return pruning.distance(
-            config.distill.prune,
-            flat.layout(self.problem.network),
-            epsilon=config.distill.epsilon,
-            share=config.distill.prune_share,
-            fused=config.run.use_fused_kernels,
-        )
+    @property
+    def rule(self) -> str:
+        """Of pruning."""
+        return self.problem.config.distill.prune
+
+    def _importance(self, start: Tensor, memory: Memory) -> Importance | None:
+        """The weights learned so far, all 1 at first; None where none are learned."""
+        if not self.problem.config.distill.lr_importance:
+            return None
+        weights = memory.get(_IMPORTANCE)
+        return Importance(self.keep, torch.ones_like(start, device=self.problem.device) if weights is None else weights)
 
     def _draw_start(self, step: int) -> tuple[int, int]:
         seed, count = self.problem.config.run.seed, len(self.problem.teachers)

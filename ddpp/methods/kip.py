@@ -24,12 +24,12 @@ class KIP:
 
     The kernel is the tangent kernel of an infinitely wide network, so no network is trained. The loss is half the
     squared distance of predictions and labels (equation 7 of the first paper), mean over the batch; labels are one-hot
-    less their mean. No augmentation is drawn, and the step size is not learned: networks are evaluated at its first
-    value.
+    less their mean. Soft labels are learned as logits, so that networks can be trained on them as on any other. No
+    augmentation is drawn, and the step size is not learned: networks are evaluated at its first value.
     """
 
     needs_teachers = False
-    learns_labels = False
+    learns_labels = True
 
     @staticmethod
     def check(config: Config) -> None:
@@ -56,13 +56,22 @@ class KIP:
         real, labels = dataset.train_images[chosen].to(device), dataset.train_labels[chosen].to(device)
 
         images = synthetic.images.detach().requires_grad_()
-        coefficients = fit(self.network.ntk(images, images), targets(synthetic.labels, classes), settings.kip_ridge)
+        held = synthetic.labels.detach()
+        learned = [held.requires_grad_()] if held.is_floating_point() else []
+        coefficients = fit(self.network.ntk(images, images), targets(held, classes), settings.kip_ridge)
         predictions = self.network.ntk(real, images) @ coefficients  # [n, K]
         loss = (predictions - targets(labels, classes)).square().sum(1).mean() / 2
-        (gradient,) = torch.autograd.grad(loss, images)
+        gradient, *of_labels = torch.autograd.grad(loss, [images, *learned])
         everything = torch.ones((), device=device)
-        right = int((predictions.argmax(1) == labels).sum())
-        return Update(loss.detach(), gradient, torch.zeros_like(synthetic.step_size), everything, {"right": right})
+        note = {"right": int((predictions.argmax(1) == labels).sum())}
+        return Update(
+            loss.detach(),
+            gradient,
+            torch.zeros_like(synthetic.step_size),
+            everything,
+            note,
+            of_labels[0] if of_labels else None,
+        )
 
     def accuracy(self, synthetic: Synthetic) -> float:
         """Test accuracy of the regression itself, in percent."""
@@ -77,7 +86,9 @@ def _memory(device: torch.device) -> int:
 
 
 def targets(labels: Tensor, classes: int) -> Tensor:
-    """One-hot labels less their mean 1 / K, in float64. [N, K]"""
+    """Labels as a share of each class, one-hot or the softmax of logits, less the mean 1 / K, in float64. [N, K]"""
+    if labels.is_floating_point():
+        return labels.double().softmax(1) - 1 / classes
     return torch.nn.functional.one_hot(labels, classes).double() - 1 / classes
 
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from ddpp import pruning
+from ddpp.config import Config
+from ddpp.errors import UserError
 from ddpp.methods import METHODS
 from ddpp.methods.ddpp import DDPP
-from ddpp.pruning import Distance
 
 
 @METHODS.register("mtt")
 class MTT(DDPP):
     """DDPP that prunes nothing."""
 
-    def _distance(self) -> Distance:
-        return pruning.distance("none", (), fused=self.problem.config.run.use_fused_kernels)
+    rule = "none"
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Refuses a rule of pruning, besides what DDPP refuses.
+
+        Raises:
+            UserError: it is there.
+        """
+        if config.distill.prune not in ("ratio", "none"):  # ratio is what stands there unasked
+            raise UserError(f"--prune {config.distill.prune} needs --method ddpp: mtt prunes nothing")
+        DDPP.check(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,6 +12,8 @@ from ddpp.config import ModelConfig
 from ddpp.errors import UserError
 from ddpp.models import alexnet, convnet, resnet, vgg
 from ddpp.models.base import MODELS, Network, Shape
+
+_RANDOM_STATE = threading.Lock()  # torch's global one, which all threads share
 
 __all__ = ["MODELS", "Network", "alexnet", "build", "convnet", "describe", "resnet", "vgg"]
 
@@ -29,7 +32,7 @@ def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int) -> Netw
     """
     _check_square(shape)
     builder = MODELS.get(config.model)
-    with torch.random.fork_rng(devices=[]):
+    with _RANDOM_STATE, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return builder(config, shape, classes)
 
