@@ -32,12 +32,17 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """A ConvNet of width 128 on images of one size."""
+    """ConvNets of width 128 on images of one size, one after the other; ours side by side, as evaluation has them."""
 
     images: int
     shape: tuple[int, int, int]
     recipe: Recipe
     mode: str
+    networks: int = 1
+
+    @property
+    def epochs(self) -> int:
+        return self.networks * self.recipe.epochs
 
     def examples(self) -> tuple[Tensor, Tensor]:
         draw = torch.Generator().manual_seed(0)
@@ -51,17 +56,26 @@ class Case:
 CASES = {
     "teacher 32x32x3, 256 images": Case(256, (3, 32, 32), Recipe(1, lr=0.01, batch=256), "one"),
     "teacher 8x8x1, 1280 images": Case(1280, (1, 8, 8), Recipe(1, lr=0.01, batch=128), "one"),
-    "evaluation 32x32x3, 10 images": Case(10, (3, 32, 32), Recipe(5, lr=0.01, momentum=0.9), "all"),
-    "evaluation 8x8x1, 10 images": Case(10, (1, 8, 8), Recipe(50, lr=0.01, momentum=0.9), "all"),
+    "evaluation 32x32x3, 10 images, 4 networks": Case(10, (3, 32, 32), Recipe(5, lr=0.01, momentum=0.9), "all", 4),
+    "evaluation 8x8x1, 10 images, 4 networks": Case(10, (1, 8, 8), Recipe(50, lr=0.01, momentum=0.9), "all", 4),
 }
 
 
 def ours(case: Case, images: Tensor, labels: Tensor, **options: object) -> None:
     draws = {"seed": 0, "groups": augment.GROUPS, "mode": case.mode}
-    training.fit(case.network(), images, labels, case.recipe, device=CPU, **draws, **options)
+
+    def one() -> bool:
+        return training.fit(case.network(), images, labels, case.recipe, device=CPU, **draws, **options)
+
+    assert all(training.side_by_side([one] * case.networks, CPU))
 
 
 def plain(case: Case, images: Tensor, labels: Tensor) -> None:
+    for _ in range(case.networks):
+        plain_one(case, images, labels)
+
+
+def plain_one(case: Case, images: Tensor, labels: Tensor) -> None:
     network, recipe, draw = case.network(), case.recipe, torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(network.parameters(), recipe.lr, momentum=recipe.momentum)
     for _ in range(recipe.epochs):
@@ -90,7 +104,7 @@ def test_epochs(benchmark: BenchmarkFixture, name: str, side: str) -> None:
     benchmark.group = name
     benchmark.pedantic(SIDES[side], args=(case, *case.examples()), rounds=3, warmup_rounds=1)
     if benchmark.stats:
-        benchmark.extra_info["epochs per second"] = case.recipe.epochs / benchmark.stats.stats.min
+        benchmark.extra_info["epochs per second"] = case.epochs / benchmark.stats.stats.min
 
 
 def row(name: str, rounds: int) -> str:
@@ -100,7 +114,7 @@ def row(name: str, rounds: int) -> str:
     case = CASES[name]
     examples = case.examples()
     seconds = medians({side: partial(loop, case, *examples) for side, loop in SIDES.items()}, rounds, repeats=1)
-    cells = [f"{case.recipe.epochs / s:.3g} ({seconds[PLAIN] / s:.2f}x)" for s in seconds.values()]
+    cells = [f"{case.epochs / s:.3g} ({seconds[PLAIN] / s:.2f}x)" for s in seconds.values()]
     return f"| {name} | {' | '.join(cells)} |"
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -91,24 +91,10 @@ class Evaluation:
     def networks(self, jobs: Sequence[tuple[Any, ...]]) -> list[Scores]:
         """:meth:`network` for each of the arguments."""
         found = []
-        for tested in self._each(jobs):
+        for tested in training.side_by_side([partial(self.network, *job) for job in jobs], self.device):
             found.append(tested)
             self.progress.update()
         return found
-
-    def _each(self, jobs: Sequence[tuple[Any, ...]]) -> Iterator[Scores]:
-        """On a CPU a network a thread: they need not wait for each other, as threads within an operator do."""
-        threads = torch.get_num_threads()
-        if self.device.type != "cpu" or min(threads, len(jobs)) == 1:
-            yield from (self.network(*job) for job in jobs)
-            return
-        pool = ThreadPoolExecutor(threads)
-        torch.set_num_threads(1)  # of the threads that begin from now on, too
-        try:
-            yield from pool.map(lambda job: self.network(*job), jobs)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
 
     def random(self, model: str, ipc: int, recipe: Recipe) -> list[Scores]:
         """As many real images as there are synthetic ones, another random choice for each network."""

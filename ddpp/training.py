@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from ddpp.ops import dsa_augment
 from ddpp.ops._library import implementation
 
 _STEPS_DRAWN_AT_ONCE = 64
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,24 @@ def fit(
         if on_epoch:
             on_epoch()
     return bool(torch.stack([torch.isfinite(p).all() for p in gradients.parameters]).all())
+
+
+def side_by_side(calls: Sequence[Callable[[], Result]], device: torch.device) -> Iterator[Result]:
+    """The results of calls that train or test a network each, in their order.
+
+    On a CPU a call has a thread: they need not wait for each other, as threads within an operator do.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or min(threads, len(calls)) <= 1:
+        yield from (call() for call in calls)
+        return
+    pool = ThreadPoolExecutor(threads)
+    torch.set_num_threads(1)  # also of the threads that begin from now on
+    try:
+        yield from pool.map(lambda call: call(), calls)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 class _Autograd:
