@@ -4,6 +4,7 @@ The reference keeps the graph of all J steps in plain PyTorch (GroupNorm, avg_po
 do. Interleaved rounds of all sides in one process, then the memory of one step in fresh processes:
 
     python benchmarks/bench_outer_step.py [--threads 2] [--rounds 5] [--keep-pages]
+    python benchmarks/bench_outer_step.py --errors 10
 
 Memory is the peak of the resident set above that at the start of the step, everything included.
 """
@@ -11,6 +12,7 @@ Memory is the peak of the resident set above that at the start of the step, ever
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 import statistics
 import subprocess
@@ -44,10 +46,10 @@ class Case:
     batch: int
     inner_steps: int
 
-    def problem(self) -> dict[str, Any]:
+    def problem(self, seed: int = 0) -> dict[str, Any]:
         """Arguments of :func:`matching_gradients`. Each parameter of the target is a tenth away from the start."""
-        draw = torch.Generator().manual_seed(0)
-        network = models.build(ModelConfig(), SHAPE, CLASSES, seed=0)
+        draw = torch.Generator().manual_seed(seed)
+        network = models.build(ModelConfig(), SHAPE, CLASSES, seed=seed)
         start = flat.flatten(network)
         count = self.ipc * CLASSES
         size = self.inner_steps, self.batch, *SHAPE[1:]
@@ -109,6 +111,31 @@ def seconds(case: Case, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in found.items()}
 
 
+def errors(case: Case, seeds: int) -> dict[str, list[float]]:
+    """For each side and seed how far its float32 gradient of the images is from float64, as a part of its length."""
+    found: dict[str, list[float]] = {name: [] for name in (REFERENCE, *SIDES)}
+    for seed in range(seeds):
+        problem = case.problem(seed)
+        double = {k: _double(v) for k, v in problem.items()}
+        exact = matching_gradients(**double, engine="unrolled", fused=False).images
+        for name, values in found.items():
+            off = side(name, problem)().images.double() - exact
+            values.append(float(off.norm() / exact.norm()))
+    return found
+
+
+def _double(value: Any) -> Any:
+    if isinstance(value, torch.nn.Module):
+        return copy.deepcopy(value).double()
+    return value.double() if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+
+
+def _print_errors(seeds: int) -> None:
+    print("| float32 against float64, IPC 1, J = 10 | median | worst |\n|---|---|---|")
+    for name, values in errors(LONGER["IPC 1, J = 10"], seeds).items():
+        print(f"| {name} | {statistics.median(values):.2e} | {max(values):.2e} |")
+
+
 def _status(field: str) -> float:
     """A size of this process in MB."""
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -158,8 +185,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--keep-pages", action="store_true", help="malloc keeps its pages, for all sides")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "SIDE"), help="print the memory of one step and end")
+    parser.add_argument("--errors", type=int, metavar="SEEDS", help="print how far float32 is from float64, and end")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.errors:
+        _print_errors(args.errors)
+        return
     if args.peak:
         print(peak_here(*args.peak))
         return
