@@ -30,10 +30,11 @@ def lines() -> Iterator[str]:
     yield "operators"
     for module in pkgutil.iter_modules(ddpp.ops.__path__):
         importlib.import_module(f"ddpp.ops.{module.name}")
+    width = max(map(len, _library.references)) + 2
     for name in sorted(_library.references):
         for device in ("cpu", "cuda"):
             used, why = _library.implementation(name, device)
-            yield f"  {name:<20}{device:<6}{used} ({_unless_usable(device) or why})"
+            yield f"  {name:<{width}}{device:<6}{used} ({_unless_usable(device) or why})"
 
 
 def _gpu() -> str:

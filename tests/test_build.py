@@ -93,6 +93,8 @@ def test_info_names_every_operator_and_library() -> None:
     assert done.returncode == 0, done.stderr
     for expected in (ddpp.__version__, torch.__version__, "_cpu", "_cuda", *_library.references):
         assert expected in done.stdout
+    words = done.stdout.split()
+    assert words.count("cpu") == words.count("cuda") >= len(_library.references)  # no column runs into the next
     for line in done.stdout.splitlines():
         assert line == line.rstrip()
 
