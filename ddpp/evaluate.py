@@ -35,6 +35,7 @@ class Scores(NamedTuple):
 
     test: float
     val: float | None
+    finite: bool  # whether its parameters were, after training
 
 
 class Evaluation:
@@ -71,7 +72,7 @@ class Evaluation:
         if self.policy:
             flip, side = "flip" in self.dataset.strategy, self.dataset.shape[-1]
             network = policies.Augmented(network, self.policy, self.dataset.transform, side=side, flip=flip, seed=seed)
-        training.fit(
+        finite = training.fit(
             network,
             images,
             labels,
@@ -86,7 +87,7 @@ class Evaluation:
         held_out = None
         if len(self.dataset.val_labels):
             held_out = self._accuracy(network, self.dataset.val_images, self.dataset.val_labels)
-        return Scores(self._accuracy(network, self.dataset.test_images, self.dataset.test_labels), held_out)
+        return Scores(self._accuracy(network, self.dataset.test_images, self.dataset.test_labels), held_out, finite)
 
     def networks(self, jobs: Sequence[tuple[Any, ...]]) -> list[Scores]:
         """:meth:`network` for each of the arguments."""
@@ -183,10 +184,11 @@ def compare(
     Returns:
         ``accuracy`` of the first architecture and ``models`` of all: for each of ``random``, the method's name and
         ``full`` the ``mean`` and ``std`` (ddof 1) over ``networks``, the accuracies of the single networks, all in
-        percent; and ``protocol``, which says what was selected and how. With ``select`` "all" the method's name stands
-        for the last step, and beside it ``<method>/val`` and ``<method>/test`` for the snapshots that were best there;
-        with ``search_lr`` there are ``<method>/searched`` and ``random/searched``, with ``augmentations``
-        ``<method>/<name>`` and ``random/<name>`` for each, and ``robustness``, see :func:`robustness`.
+        percent, and how many of these ``diverged``, if any did; and ``protocol``, which says what was selected and
+        how. With ``select`` "all" the method's name stands for the last step, and beside it ``<method>/val`` and
+        ``<method>/test`` for the snapshots that were best there; with ``search_lr`` there are ``<method>/searched`` and
+        ``random/searched``, with ``augmentations`` ``<method>/<name>`` and ``random/<name>`` for each, and
+        ``robustness``, see :func:`robustness`.
 
     Raises:
         UserError: what :func:`check` refuses, or a missing snapshot.
@@ -287,7 +289,9 @@ def _candidates(folder: Path, select: str) -> list[tuple[int, Synthetic]]:
 def _summary(tested: list[Scores]) -> dict[str, Any]:
     accuracies = [s.test for s in tested]
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-    return {"mean": statistics.fmean(accuracies), "std": spread, "networks": accuracies}
+    diverged = sum(not s.finite for s in tested)
+    told = {"diverged": diverged} if diverged else {}
+    return {"mean": statistics.fmean(accuracies), "std": spread, "networks": accuracies, **told}
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:

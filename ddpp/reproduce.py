@@ -189,7 +189,7 @@ def _rows(target: Table, cells: Sequence[Cell], dataset: str) -> list[Row]:
         if target.architectures:
             theirs = published.get(f"{dataset}-architectures", {}).get(method, {})
             found = (own[0].results or {}).get("models", {})
-            keys = [method, f"{method}/searched", "random/searched"] if target.search_lr else [method, "random"]
+            keys = [method, "random", *([f"{method}/searched", "random/searched"] if target.search_lr else [])]
             for key in keys:
                 figures = [found.get(name, {}).get(key) for name in target.architectures]
                 shown = [theirs.get(name, "") if key == method else "" for name in target.architectures]
@@ -220,7 +220,10 @@ def _markdown(rows: list[Row], columns: Sequence[str], target: Table, cells: Seq
     lines = [f"# {target.title}", "", f"| trained on | {' | '.join(head)} |"]
     lines.append("|---" * (1 + len(columns) * (1 + papers)) + "|")
     for name, figures, shown in rows:
-        pairs = [f"{_text(f)} | {s}" if papers else _text(f) for f, s in zip(figures, shown, strict=True)]
+        pairs = [
+            f"{runs.figure_text(f)} | {s}" if papers else runs.figure_text(f)
+            for f, s in zip(figures, shown, strict=True)
+        ]
         lines.append(f"| {name} | {' | '.join(pairs)} |")
     finished = [cell.results for cell in cells if cell.results]
     networks = finished[0]["protocol"]["networks"] if finished else 0
@@ -237,10 +240,6 @@ def _markdown(rows: list[Row], columns: Sequence[str], target: Table, cells: Seq
             "",
         ]
     )
-
-
-def _text(figure: Figure) -> str:
-    return f"{figure['mean']:.1f} ± {figure['std']:.1f}" if figure else "not run"
 
 
 def _csv(rows: list[Row], columns: Sequence[str]) -> str:

@@ -226,7 +226,7 @@ def accuracy_table(results: dict[str, Any]) -> str:
     tables, protocol = results["models"], results["protocol"]
     rows = [f"| trained on | {' | '.join(tables)} |", "|---" * (len(tables) + 1) + "|"]
     for condition in results["accuracy"]:
-        cells = [_cell(table[condition]) for table in tables.values()]
+        cells = [figure_text(table[condition]) for table in tables.values()]
         rows.append(f"| {condition_name(condition)} | {' | '.join(cells)} |")
     chosen = {
         "final": "the last outer step",
@@ -269,8 +269,12 @@ def condition_name(condition: str) -> str:
     return f"{name} ({how[chosen]})" if chosen else name
 
 
-def _cell(figures: dict[str, Any] | None) -> str:
-    return f"{figures['mean']:.1f} ± {figures['std']:.1f}" if figures else "not run"
+def figure_text(figures: dict[str, Any] | None) -> str:
+    """Mean and standard deviation, and how many networks diverged."""
+    if not figures:
+        return "not run"
+    diverged = f" ({figures['diverged']} diverged)" if "diverged" in figures else ""
+    return f"{figures['mean']:.1f} ± {figures['std']:.1f}{diverged}"
 
 
 def peak_memory_mb(device: torch.device) -> float:

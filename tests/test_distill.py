@@ -269,6 +269,14 @@ def test_protocols_stand_side_by_side(finished: Path, capsys: pytest.CaptureFixt
     assert "ddpp (searched rate)" in shown and "ddpp (best on test, as papers do: too high)" in shown
 
 
+def test_networks_that_diverged_are_counted(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(finished), "--networks", "2", "--epochs", "4", "--full-epochs", "0", "--lr", "1e30"]
+    assert evaluate.main(argv) == 0
+    table = json.loads((finished / "evaluation.json").read_text())["accuracy"]
+    assert table["ddpp"]["diverged"] == table["random"]["diverged"] == 2
+    assert "(2 diverged)" in capsys.readouterr().out
+
+
 def test_augmentations_stand_side_by_side(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(finished), "--networks", "2", "--epochs", "2", "--full-epochs", "0", "--augmentations"]
     grid = ["none", "dsa", "autoaugment", "randaugment", "imagenet"]
