@@ -78,13 +78,13 @@ class Device {
  public:
 #if defined(DDPP_FOR_CUDA)
   explicit Device(const Tensor& t) : guard_(t.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &queue.stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &queue.stream));
   }
 #else
   explicit Device(const Tensor&) {
     queue.parallel_for = [](int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                             void* state) {
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, state));
+      TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, state));
     };
   }
 #endif
