@@ -3,7 +3,7 @@
 The reference keeps the graph of all J steps in plain PyTorch (GroupNorm, avg_pool2d, create_graph), as published codes
 do. Interleaved rounds of all sides in one process, then the memory of one step in fresh processes:
 
-    python benchmarks/bench_outer_step.py [--threads 2] [--rounds 5] [--keep-pages]
+    python benchmarks/bench_outer_step.py [--threads 2] [--rounds 5] [--keep-pages] [--sides SIDE ...]
     python benchmarks/bench_outer_step.py --errors 10
 
 Memory is the peak of the resident set above that at the start of the step, everything included.
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,10 +97,10 @@ def test_outer_step(benchmark: BenchmarkFixture, case: str, name: str) -> None:
     assert torch.isfinite(found.images).all()
 
 
-def seconds(case: Case, rounds: int) -> dict[str, float]:
-    """Medians; in each round every side has its turn."""
+def seconds(case: Case, rounds: int, names: Sequence[str] = tuple(SIDES)) -> dict[str, float]:
+    """Medians of the reference and the named sides; in each round every side has its turn."""
     problem = case.problem()
-    sides = {name: side(name, problem) for name in (REFERENCE, *SIDES)}
+    sides = {name: side(name, problem) for name in (REFERENCE, *names)}
     found: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds + 1):
         for name, call in sides.items():
@@ -158,10 +158,10 @@ def peak(case: str, name: str, threads: int) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def _print_times(rounds: int) -> None:
-    tables = {case: seconds(CASES[case], rounds) for case in CASES}
+def _print_times(rounds: int, names: Sequence[str]) -> None:
+    tables = {case: seconds(CASES[case], rounds, names) for case in CASES}
     print(f"| seconds of an outer step | {' | '.join(CASES)} |\n|---|{'---|' * len(CASES)}")
-    for name in (REFERENCE, *SIDES):
+    for name in (REFERENCE, *names):
         cells = [f"{t[name]:.3f} ({t[REFERENCE] / t[name]:.2f}x)" for t in tables.values()]
         print(f"| {name} | {' | '.join(cells)} |")
 
@@ -183,6 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="times of these alone")
     parser.add_argument("--keep-pages", action="store_true", help="malloc keeps its pages, for all sides")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "SIDE"), help="print the memory of one step and end")
     parser.add_argument("--errors", type=int, metavar="SEEDS", help="print how far float32 is from float64, and end")
@@ -199,8 +200,8 @@ def main() -> None:
 
         assert keep_pages()
     print(f"{processor()}, {args.threads} threads, torch {torch.__version__}, pages kept: {args.keep_pages}\n")
-    _print_times(args.rounds)
-    if not args.keep_pages:
+    _print_times(args.rounds, args.sides)
+    if not args.keep_pages and len(args.sides) == len(SIDES):
         _print_peaks(args.threads)
 
 
