@@ -239,6 +239,7 @@ def test_evaluate_says_what_it_selected(select: str, finished: Path, capsys: pyt
 @pytest.mark.usefixtures("two_threads")
 def test_networks_side_by_side_are_those_one_after_the_other(finished: Path) -> None:
     argv = [str(finished), "--models", "convnet", "alexnet", "--networks", "3", "--epochs", "4", "--full-epochs", "1"]
+    argv += ["--augmentations", "randaugment"]  # draws from the global generator
     found = []
     for threads in ("1", "2"):
         assert evaluate.main([*argv, "--threads", threads]) == 0

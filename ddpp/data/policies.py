@@ -49,8 +49,8 @@ class Augmented(nn.Module):
     def _augmented(self, images: Tensor) -> Tensor:
         """[N, C, H, W]"""
         pixels = (255 * to_pixels_from(self.transform, images)).round().to(torch.uint8)
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator alone
-            torch.manual_seed(seeds.derive(self.seed, "policy", self.step))
+        # torchvision draws from the global generator alone
+        with seeds.in_global_generator(seeds.derive(self.seed, "policy", self.step)):
             augmented = torch.stack([self.augment(image) for image in pixels])
         self.step += 1
         return from_pixels(self.transform, augmented.to(images.dtype) / 255)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
+from ddpp import seeds
 from ddpp.config import ModelConfig
 from ddpp.errors import UserError
 from ddpp.models import alexnet, convnet, resnet, vgg
 from ddpp.models.base import MODELS, Network, Shape
-
-_RANDOM_STATE = threading.Lock()  # torch's global one, which all threads share
 
 __all__ = ["MODELS", "Network", "alexnet", "build", "convnet", "describe", "resnet", "vgg"]
 
@@ -32,8 +28,7 @@ def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int) -> Netw
     """
     _check_square(shape)
     builder = MODELS.get(config.model)
-    with _RANDOM_STATE, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with seeds.in_global_generator(seed):
         return builder(config, shape, classes)
 
 
