@@ -476,7 +476,7 @@ void columns_transposed(const T* columns, const Neighbourhoods& size, T* images,
 // ---- the convolution ----
 
 constexpr int64_t kBlockBytes =
-    704 << 10;  // of a block of tiles before and after the products: in the L2 cache
+    1024 << 10;  // of a block of tiles before and after the products: in the L2 cache
 
 // Some tiles, from pixels to pixels: everything in between stays in cache.
 template <class T, int m>

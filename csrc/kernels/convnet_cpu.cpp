@@ -1,0 +1,435 @@
+#include "kernels/convnet.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <vector>
+
+#include "kernels/norm_pool.h"
+#include "kernels/winograd.h"
+
+#include "kernels/isa_target.h"
+
+namespace ddpp {
+namespace DDPP_ISA {
+namespace {
+
+constexpr int64_t kTaps = 9;
+constexpr int64_t kRow = 16;      // values of a row of few: a whole number of registers
+constexpr int64_t kApart = 16;    // values between matrices, as winograd_cpu.cpp has them
+constexpr int64_t kPixels = 10 * 32 * 32;  // at a time: what a part holds of the first block stays in the caches
+
+int64_t whole_rows(int64_t values) { return (values + kRow - 1) / kRow * kRow; }
+
+const Queue kThisThread{nullptr, [](int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*),
+                                    void* state) {
+                          if (begin < end) body(begin, end, state);
+                        }};
+
+// Arrays of this thread that are kept from call to call: fresh pages would cost more than the work in them.
+template <class T>
+class Workspace {
+ public:
+  T* take(int64_t values) {
+    constexpr int64_t line = 64 / sizeof(T);
+    thread_local std::vector<std::vector<T>> held;
+    if (next_ == held.size()) held.emplace_back();
+    std::vector<T>& memory = held[next_++];
+    if (static_cast<int64_t>(memory.size()) < values + line) memory = std::vector<T>(values + line);
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+  }
+
+ private:
+  size_t next_ = 0;
+};
+
+// Adds the time since the last lap to a stage.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double* seconds) : seconds_(seconds), last_(Clock::now()) {}
+  void lap(ConvNetStage stage) {
+    const Clock::time_point now = Clock::now();
+    seconds_[stage] += std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double* seconds_;
+  Clock::time_point last_;
+};
+
+// c = a b, or c += a b, of one matrix each.
+template <class T>
+void multiply(const T* a, const T* b, int64_t rows, int64_t inner, int64_t columns, bool a_transposed,
+              bool accumulate, T* c) {
+  winograd<T>().multiply({a, 0}, {b, 0}, 1, rows, inner, columns, a_transposed, accumulate, {c, 0},
+                         kThisThread);
+}
+
+template <class T>
+void transpose(const T* from, int64_t rows, int64_t columns, int64_t to_row, T* to) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) to[c * to_row + r] = from[r * columns + c];
+}
+
+template <class T>
+void add(const T* from, int64_t count, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+}
+
+// Planes are channels last. With a tangent the batch of every array holds values, then as many tangents.
+template <class T>
+struct Block {
+  T *y, *pooled, *statistics;
+  Matrices<T> tiles, sum;  // of the convolution's input and weight; none in the first block
+};
+
+// Some of the images, `at a time` as many as stay in the caches.
+template <class T>
+class Part {
+ public:
+  Part(const ConvNetStep<T>& step, int64_t first, int64_t count, T* gradient, double* seconds)
+      : step_(step),
+        size_(step.size),
+        first_(first),
+        count_(count),
+        chunks_((count * size_.height * size_.width + kPixels - 1) / kPixels),
+        faces_(step.tangent ? 2 : 1),
+        gradient_(gradient),
+        watch_(seconds) {
+    chunks_ = std::min(chunks_, count);
+    allocate((count + chunks_ - 1) / chunks_);
+    arrange_parameters();
+  }
+
+  // phi, or 0 without a tangent
+  double step() {
+    std::fill_n(gradient_, size_.parameters(), T(0));
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      select(chunk);
+      forward();
+      differentiate_outputs();
+      backward_linear();
+      for (int64_t block = size_.depth; block-- > 0;) backward(block);
+    }
+    finish();
+    return phi_;
+  }
+
+  void logits(T* to) {
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      select(chunk);
+      forward();
+      for (int64_t i = 0; i < n_; ++i)
+        std::copy_n(outputs_ + i * row_, size_.classes, to + (begin_ + i) * size_.classes);
+    }
+  }
+
+ private:
+  int64_t pixels(int64_t block) const { return size_.rows(block) * size_.columns(block); }
+  int64_t stages() const { return (step_.m + 2) * (step_.m + 2); }
+  int64_t tap_row() const { return whole_rows(kTaps * size_.channels); }
+  // what a convolution after the first sees
+  TiledImages planes(int64_t block) const {
+    return {faces_ * n_, size_.filters, size_.rows(block), size_.columns(block)};
+  }
+  PlaneBatch plane_batch(int64_t block) const {
+    return {n_, size_.filters, size_.rows(block), size_.columns(block)};
+  }
+  Neighbourhoods neighbourhoods() const {
+    return {n_, size_.channels, size_.height, size_.width, size_.pad_y, size_.pad_x, tap_row()};
+  }
+  Dual<const T> parameters(int64_t offset) const {
+    return {step_.theta + offset, step_.tangent ? step_.tangent + offset : nullptr};
+  }
+  Dual<T> dual(T* faces, int64_t face) const { return {faces, faces + face}; }
+  static Dual<const T> read(Dual<T> x) { return {x.value, x.tangent}; }
+  Matrices<T> matrices(int64_t rows, int64_t columns) {
+    return {memory_.take(stages() * (rows * columns + kApart)), rows * columns + kApart};
+  }
+  static Matrices<const T> read(Matrices<T> x) { return {x.data, x.stride}; }
+
+  void allocate(int64_t most) {
+    const int64_t c = size_.filters;
+    n_ = most;
+    row_ = whole_rows(size_.classes);
+    blocks_.resize(size_.depth);
+    for (int64_t k = 0; k < size_.depth; ++k) {
+      Block<T>& block = blocks_[k];
+      block.y = memory_.take(faces_ * most * pixels(k) * c);
+      block.pooled = memory_.take(faces_ * most * pixels(k + 1) * c);
+      block.statistics = memory_.take(kDualStatistics * most * c);
+      if (k == 0) continue;
+      block.tiles = matrices(planes(k).tiles(step_.m), c);
+      block.sum = matrices(c, c);
+    }
+    columns_ = memory_.take(most * pixels(0) * tap_row());
+    d_columns_ = memory_.take(step_.tangent ? most * pixels(0) * tap_row() : 0);
+    taps_sum_ = memory_.take(tap_row() * c);
+    for (T*& matrix : taps_) matrix = memory_.take(tap_row() * c);
+    for (T*& matrix : taps_transposed_) matrix = memory_.take(tap_row() * c);
+    if (size_.depth > 1) {
+      grads_ = matrices(planes(1).tiles(step_.m), c);
+      for (Matrices<T>& weight : weights_) weight = matrices(c, c);
+    }
+    norm_scratch_ = memory_.take(norm_pool<T>().scratch_bytes(plane_batch(0)) / sizeof(T) + 1);
+    d_norm_ = memory_.take(2 * c);
+    outputs_ = memory_.take(faces_ * most * row_);
+    for (T*& matrix : by_feature_) matrix = memory_.take(size_.features() * row_);
+    for (T*& matrix : by_class_) matrix = memory_.take(row_ * size_.features());
+    linear_sum_ = memory_.take(size_.features() * row_);
+  }
+
+  // The first and the last layer as matrices: taps or features by outputs, and their transposes.
+  void arrange_parameters() {
+    const int64_t c = size_.filters, taps = kTaps * size_.channels, pixels_left = pixels(size_.depth);
+    for (int64_t face = 0; face < faces_; ++face) {
+      const T* theta = face ? step_.tangent : step_.theta;
+      std::fill_n(taps_[face], tap_row() * c, T(0));
+      transpose(theta, c, taps, c, taps_[face]);
+      transpose(taps_[face], tap_row(), c, tap_row(), taps_transposed_[face]);
+      std::fill_n(by_class_[face], row_ * size_.features(), T(0));
+      for (int64_t k = 0; k < size_.classes; ++k)
+        transpose(theta + size_.linear() + k * size_.features(), c, pixels_left, c,
+                  by_class_[face] + k * size_.features());
+      transpose(by_class_[face], row_, size_.features(), row_, by_feature_[face]);
+    }
+    watch_.lap(kLinear);
+  }
+
+  void select(int64_t chunk) {
+    begin_ = first_ + count_ * chunk / chunks_;
+    n_ = first_ + count_ * (chunk + 1) / chunks_ - begin_;
+    adding_ = chunk > 0;
+  }
+
+  void forward() {
+    const T* x = nullptr;
+    for (int64_t k = 0; k < size_.depth; ++k) {
+      k == 0 ? convolve_images() : convolve(k, x, blocks_[k].tiles, false, blocks_[k].y);
+      normalise(k);
+      x = blocks_[k].pooled;
+    }
+    const int64_t features = size_.features();
+    multiply(x, by_feature_[0], faces_ * n_, features, row_, false, false, outputs_);
+    if (step_.tangent)
+      multiply(x, by_feature_[1], n_, features, row_, false, true, outputs_ + n_ * row_);
+    for (int64_t i = 0; i < faces_ * n_; ++i)
+      add((i < n_ ? step_.theta : step_.tangent) + size_.linear_bias(), size_.classes, outputs_ + i * row_);
+    watch_.lap(kLinear);
+  }
+
+  void convolve_images() {
+    const int64_t images = size_.channels * size_.height * size_.width, rows = n_ * pixels(0);
+    winograd<T>().columns(step_.images + begin_ * images, neighbourhoods(), columns_, kThisThread);
+    watch_.lap(kColumns);
+    for (int64_t face = 0; face < faces_; ++face)
+      multiply(columns_, taps_[face], rows, tap_row(), size_.filters, false, false,
+               blocks_[0].y + face * rows * size_.filters);
+    watch_.lap(kConvolutions);
+  }
+
+  // By the weight of a block, or, for the input gradient, by the turned weight.
+  void convolve(int64_t block, const T* x, Matrices<T> tiles, bool backward, T* y) {
+    const int64_t c = size_.filters, weight = size_.weight(block);
+    for (int64_t face = 0; face < faces_; ++face)
+      winograd<T>().weight((face ? step_.tangent : step_.theta) + weight, c, c, step_.m, backward,
+                           weights_[face], kThisThread);
+    watch_.lap(kWeights);
+    const Matrices<const T> tangent = step_.tangent ? read(weights_[1]) : Matrices<const T>{nullptr, 0};
+    winograd<T>().convolve({x, planes(block), c, read(weights_[0]), tangent, backward, tiles, y}, step_.m,
+                           kThisThread);
+    watch_.lap(kConvolutions);
+  }
+
+  void normalise(int64_t k) {
+    const Block<T>& block = blocks_[k];
+    const PlaneBatch size = plane_batch(k);
+    const Dual<const T> scale = parameters(size_.scale(k)), shift = parameters(size_.shift(k));
+    if (step_.tangent) {
+      norm_pool<T>().dual(read(y_faces(k)), scale, shift, size_.eps, size, pooled_faces(k), block.statistics,
+                          kThisThread);
+    } else {
+      norm_pool<T>().forward(block.y, scale.value, shift.value, size_.eps, size, block.pooled,
+                             block.statistics, kThisThread);
+    }
+    watch_.lap(kNorms);
+  }
+
+  Dual<T> y_faces(int64_t k) const { return dual(blocks_[k].y, n_ * pixels(k) * size_.filters); }
+  Dual<T> pooled_faces(int64_t k) const { return dual(blocks_[k].pooled, n_ * pixels(k + 1) * size_.filters); }
+
+  // Outputs are replaced by the cotangents of their values and, with a tangent, of their tangents.
+  void differentiate_outputs() {
+    const T n = static_cast<T>(size_.n);
+    for (int64_t i = 0; i < n_; ++i) {
+      T *value = outputs_ + i * row_, *tangent = value + n_ * row_;
+      const T* target = step_.targets + (begin_ + i) * size_.classes;
+      softmax(value);
+      if (!step_.tangent) {
+        for (int64_t k = 0; k < size_.classes; ++k) value[k] = (value[k] - target[k]) / n;
+        continue;
+      }
+      const T along = inner(value, tangent), target_along = inner(target, tangent);
+      T* d_label = step_.d_labels + (begin_ + i) * size_.classes;
+      for (int64_t k = 0; k < size_.classes; ++k) {
+        const T t = tangent[k], by_tangent = (value[k] - target[k]) / n;
+        phi_ += static_cast<double>(by_tangent) * t;
+        d_label[k] = target[k] * (target_along - t) / n;
+        value[k] *= (t - along) / n;
+        tangent[k] = by_tangent;
+      }
+    }
+  }
+
+  void softmax(T* x) const {
+    const T most = *std::max_element(x, x + size_.classes);
+    T sum = 0;
+    for (int64_t k = 0; k < size_.classes; ++k) sum += x[k] = std::exp(x[k] - most);
+    for (int64_t k = 0; k < size_.classes; ++k) x[k] /= sum;
+  }
+
+  T inner(const T* x, const T* y) const {
+    T sum = 0;
+    for (int64_t k = 0; k < size_.classes; ++k) sum += x[k] * y[k];
+    return sum;
+  }
+
+  // The gradient of the features takes their place.
+  void backward_linear() {
+    const int64_t features = size_.features();
+    T* const x = blocks_.back().pooled;
+    multiply(x, outputs_, features, faces_ * n_, row_, true, adding_, linear_sum_);
+    for (int64_t i = 0; i < n_; ++i)
+      add(outputs_ + i * row_, size_.classes, gradient_ + size_.linear_bias());
+    multiply(outputs_, by_class_[0], faces_ * n_, row_, features, false, false, x);
+    if (step_.tangent) multiply(outputs_ + n_ * row_, by_class_[1], n_, row_, features, false, true, x);
+    watch_.lap(kLinear);
+  }
+
+  // From the gradient in a block's pooled planes to that in the pooled planes before, or in the images.
+  void backward(int64_t k) {
+    const Block<T>& block = blocks_[k];
+    const PlaneBatch size = plane_batch(k);
+    const int64_t c = size_.filters;
+    const Dual<const T> scale = parameters(size_.scale(k));
+    const T* const shift = step_.theta + size_.shift(k);
+    if (step_.tangent) {
+      norm_pool<T>().dual_backward(read(pooled_faces(k)), read(y_faces(k)), scale, shift, block.statistics,
+                                   size, norm_scratch_, y_faces(k), d_norm_, d_norm_ + c, kThisThread);
+    } else {
+      norm_pool<T>().backward(block.pooled, block.y, scale.value, shift, block.statistics, size,
+                              norm_scratch_, block.y, d_norm_, d_norm_ + c, kThisThread);
+    }
+    add(d_norm_, 2 * c, gradient_ + size_.scale(k));
+    watch_.lap(kNorms);
+    if (k == 0) return backward_images();
+    const int64_t rows = planes(k).tiles(step_.m);
+    winograd<T>().output_transposed(block.y, planes(k), step_.m, grads_, kThisThread);
+    winograd<T>().multiply(read(grads_), read(block.tiles), stages(), c, rows, c, true, adding_, block.sum,
+                           kThisThread);
+    watch_.lap(kWeightGradients);
+    convolve(k, block.y, {nullptr, 0}, true, blocks_[k - 1].pooled);
+  }
+
+  void backward_images() {
+    const int64_t rows = n_ * pixels(0), c = size_.filters;
+    const T* const d_y = blocks_[0].y;
+    multiply(columns_, d_y, tap_row(), rows, c, true, adding_, taps_sum_);
+    watch_.lap(kWeightGradients);
+    if (!step_.tangent) return;
+    for (int64_t face = 0; face < 2; ++face)
+      multiply(d_y + face * rows * c, taps_transposed_[face], rows, c, tap_row(), false, face > 0, d_columns_);
+    watch_.lap(kConvolutions);
+    winograd<T>().columns_transposed(d_columns_, neighbourhoods(),
+                                     step_.d_images + begin_ * size_.channels * size_.height * size_.width,
+                                     kThisThread);
+    watch_.lap(kColumns);
+  }
+
+  // The sums over chunks, as the gradients of parameters.
+  void finish() {
+    const int64_t c = size_.filters, pixels_left = pixels(size_.depth);
+    transpose(taps_sum_, kTaps * size_.channels, c, kTaps * size_.channels, gradient_);
+    for (int64_t k = 1; k < size_.depth; ++k)
+      winograd<T>().weight_transposed(read(blocks_[k].sum), c, c, step_.m, gradient_ + size_.weight(k),
+                                      kThisThread);
+    watch_.lap(kWeights);
+    for (int64_t pixel = 0; pixel < pixels_left; ++pixel)
+      for (int64_t channel = 0; channel < c; ++channel)
+        for (int64_t k = 0; k < size_.classes; ++k)
+          gradient_[size_.linear() + (k * c + channel) * pixels_left + pixel] =
+              linear_sum_[(pixel * c + channel) * row_ + k];
+    watch_.lap(kLinear);
+  }
+
+  const ConvNetStep<T>& step_;
+  const ConvNetSize& size_;
+  int64_t first_, count_, chunks_, faces_;
+  T* gradient_;
+  Stopwatch watch_;
+  Workspace<T> memory_;
+  int64_t begin_ = 0, n_ = 0, row_ = 0;  // the chunk's images; values of a row of outputs
+  bool adding_ = false;                  // to the sums of earlier chunks
+  double phi_ = 0;
+  std::vector<Block<T>> blocks_;
+  T *columns_, *d_columns_, *taps_sum_, *norm_scratch_, *d_norm_, *outputs_, *linear_sum_;
+  T *taps_[2], *taps_transposed_[2], *by_feature_[2], *by_class_[2];  // of values and tangents
+  Matrices<T> grads_, weights_[2];
+};
+
+// body(part, first image, images, seconds) for every part, then the mean of their seconds.
+template <class T, class Body>
+void for_parts(const ConvNetStep<T>& step, const Queue& queue, const Body& body) {
+  std::vector<double> seconds(step.parts * kConvNetStages);
+  parallel_for(queue, step.parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t first = step.size.n * part / step.parts;
+      body(part, first, step.size.n * (part + 1) / step.parts - first, &seconds[part * kConvNetStages]);
+    }
+  });
+  if (!step.seconds) return;
+  for (size_t i = 0; i < seconds.size(); ++i) step.seconds[i % kConvNetStages] += seconds[i] / step.parts;
+}
+
+template <class T>
+void run(const ConvNetStep<T>& step, const Queue& queue) {
+  const int64_t parameters = step.size.parameters();
+  std::vector<double> phi(step.parts);
+  for_parts(step, queue, [&](int64_t part, int64_t first, int64_t count, double* seconds) {
+    T* const gradient = part ? step.scratch + (part - 1) * parameters : step.gradient;
+    phi[part] = Part<T>(step, first, count, gradient, seconds).step();
+  });
+  parallel_for(queue, parameters, 1 << 14, [=](int64_t begin, int64_t end) {
+    for (int64_t part = 1; part < step.parts; ++part)
+      add(step.scratch + (part - 1) * parameters + begin, end - begin, step.gradient + begin);
+  });
+  if (!step.tangent) return;
+  *step.phi = 0;
+  for (const double value : phi) *step.phi += static_cast<T>(value);
+}
+
+template <class T>
+void logits(const ConvNetStep<T>& step, T* to, const Queue& queue) {
+  for_parts(step, queue, [&](int64_t, int64_t first, int64_t count, double* seconds) {
+    Part<T>(step, first, count, nullptr, seconds).logits(to);
+  });
+}
+
+template <class T>
+const ConvNet<T> kLaunchers{run<T>, logits<T>};
+
+}  // namespace
+
+template <class T>
+const ConvNet<T>& convnet() {
+  return kLaunchers<T>;
+}
+template const ConvNet<float>& convnet();
+template const ConvNet<double>& convnet();
+
+}  // namespace DDPP_ISA
+}  // namespace ddpp
+
+DDPP_ISA_END
