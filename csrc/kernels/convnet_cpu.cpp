@@ -82,7 +82,7 @@ void add(const T* from, int64_t count, T* to) {
 template <class T>
 struct Block {
   T *y, *pooled, *statistics;
-  Matrices<T> tiles, sum;  // of the convolution's input and weight; none in the first block
+  Matrices<T> tiles;  // of the convolution's input; none in the first block
 };
 
 // Some of the images, `at a time` as many as stay in the caches.
@@ -134,16 +134,12 @@ class Part {
   TiledImages planes(int64_t block) const {
     return {faces_ * n_, size_.filters, size_.rows(block), size_.columns(block)};
   }
-  PlaneBatch plane_batch(int64_t block) const {
-    return {n_, size_.filters, size_.rows(block), size_.columns(block)};
-  }
   Neighbourhoods neighbourhoods() const {
-    return {n_, size_.channels, size_.height, size_.width, size_.pad_y, size_.pad_x, tap_row()};
+    return {1, size_.channels, size_.height, size_.width, size_.pad_y, size_.pad_x, tap_row()};
   }
   Dual<const T> parameters(int64_t offset) const {
     return {step_.theta + offset, step_.tangent ? step_.tangent + offset : nullptr};
   }
-  Dual<T> dual(T* faces, int64_t face) const { return {faces, faces + face}; }
   static Dual<const T> read(Dual<T> x) { return {x.value, x.tangent}; }
   Matrices<T> matrices(int64_t rows, int64_t columns) {
     return {memory_.take(stages() * (rows * columns + kApart)), rows * columns + kApart};
@@ -162,23 +158,29 @@ class Part {
       block.statistics = memory_.take(kDualStatistics * most * c);
       if (k == 0) continue;
       block.tiles = matrices(planes(k).tiles(step_.m), c);
-      block.sum = matrices(c, c);
     }
     columns_ = memory_.take(most * pixels(0) * tap_row());
-    d_columns_ = memory_.take(step_.tangent ? most * pixels(0) * tap_row() : 0);
     taps_sum_ = memory_.take(tap_row() * c);
     for (T*& matrix : taps_) matrix = memory_.take(tap_row() * c);
     for (T*& matrix : taps_transposed_) matrix = memory_.take(tap_row() * c);
-    if (size_.depth > 1) {
-      grads_ = matrices(planes(1).tiles(step_.m), c);
-      for (Matrices<T>& weight : weights_) weight = matrices(c, c);
-    }
-    norm_scratch_ = memory_.take(norm_pool<T>().scratch_bytes(plane_batch(0)) / sizeof(T) + 1);
+    share_stages();
+    norm_scratch_ = memory_.take(norm_pool<T>().scratch_bytes({most, c, size_.rows(0), size_.columns(0)}) / sizeof(T) + 1);
     d_norm_ = memory_.take(2 * c);
     outputs_ = memory_.take(faces_ * most * row_);
     for (T*& matrix : by_feature_) matrix = memory_.take(size_.features() * row_);
     for (T*& matrix : by_class_) matrix = memory_.take(row_ * size_.features());
     linear_sum_ = memory_.take(size_.features() * row_);
+  }
+
+  // What is used up before the next of it begins lies in the same memory: it stays in the caches.
+  void share_stages() {
+    const int64_t c = size_.filters, stride = c * c + kApart;
+    const int64_t rows = size_.depth > 1 ? planes(1).tiles(step_.m) : 0;
+    grads_.stride = rows * c + kApart;
+    sum_.stride = weights_[0].stride = weights_[1].stride = stride;
+    T* const memory = memory_.take(stages() * (stride + std::max(stride, grads_.stride)));
+    sum_.data = weights_[0].data = memory;
+    grads_.data = weights_[1].data = memory + stages() * stride;
   }
 
   // The first and the last layer as matrices: taps or features by outputs, and their transposes.
@@ -207,8 +209,12 @@ class Part {
   void forward() {
     const T* x = nullptr;
     for (int64_t k = 0; k < size_.depth; ++k) {
-      k == 0 ? convolve_images() : convolve(k, x, blocks_[k].tiles, false, blocks_[k].y);
-      normalise(k);
+      if (k == 0) {
+        forward_images();
+      } else {
+        convolve(k, x, blocks_[k].tiles, false, blocks_[k].y);
+        normalise(k, 0, n_);
+      }
       x = blocks_[k].pooled;
     }
     const int64_t features = size_.features();
@@ -220,15 +226,25 @@ class Part {
     watch_.lap(kLinear);
   }
 
-  void convolve_images() {
-    const int64_t images = size_.channels * size_.height * size_.width, rows = n_ * pixels(0);
-    winograd<T>().columns(step_.images + begin_ * images, neighbourhoods(), columns_, kThisThread);
-    watch_.lap(kColumns);
-    for (int64_t face = 0; face < faces_; ++face)
-      multiply(columns_, taps_[face], rows, tap_row(), size_.filters, false, false,
-               blocks_[0].y + face * rows * size_.filters);
-    watch_.lap(kConvolutions);
+  // The first block, image by image: the planes of one are still in the L2 cache when they are normalised.
+  void forward_images() {
+    const int64_t rows = pixels(0), c = size_.filters;
+    for (int64_t i = 0; i < n_; ++i) {
+      winograd<T>().columns(image(step_.images, i), neighbourhoods(), columns(i), kThisThread);
+      watch_.lap(kColumns);
+      for (int64_t face = 0; face < faces_; ++face)
+        multiply(columns(i), taps_[face], rows, tap_row(), c, false, false,
+                 blocks_[0].y + (face * n_ + i) * rows * c);
+      watch_.lap(kConvolutions);
+      normalise(0, i, 1);
+    }
   }
+
+  template <class U>
+  U* image(U* images, int64_t i) const {
+    return images + (begin_ + i) * size_.channels * size_.height * size_.width;
+  }
+  T* columns(int64_t i) const { return columns_ + i * pixels(0) * tap_row(); }
 
   // By the weight of a block, or, for the input gradient, by the turned weight.
   void convolve(int64_t block, const T* x, Matrices<T> tiles, bool backward, T* y) {
@@ -243,22 +259,53 @@ class Part {
     watch_.lap(kConvolutions);
   }
 
-  void normalise(int64_t k) {
-    const Block<T>& block = blocks_[k];
-    const PlaneBatch size = plane_batch(k);
-    const Dual<const T> scale = parameters(size_.scale(k)), shift = parameters(size_.shift(k));
+  // `count` images from the i-th on.
+  void normalise(int64_t k, int64_t i, int64_t count) {
+    const Norm norm = select_norm(k, i, count);
+    const Dual<const T> shift = parameters(size_.shift(k));
     if (step_.tangent) {
-      norm_pool<T>().dual(read(y_faces(k)), scale, shift, size_.eps, size, pooled_faces(k), block.statistics,
+      norm_pool<T>().dual(read(norm.y), norm.scale, shift, size_.eps, norm.size, norm.pooled, norm.statistics,
                           kThisThread);
     } else {
-      norm_pool<T>().forward(block.y, scale.value, shift.value, size_.eps, size, block.pooled,
-                             block.statistics, kThisThread);
+      norm_pool<T>().forward(norm.y.value, norm.scale.value, shift.value, size_.eps, norm.size,
+                             norm.pooled.value, norm.statistics, kThisThread);
     }
     watch_.lap(kNorms);
   }
 
-  Dual<T> y_faces(int64_t k) const { return dual(blocks_[k].y, n_ * pixels(k) * size_.filters); }
-  Dual<T> pooled_faces(int64_t k) const { return dual(blocks_[k].pooled, n_ * pixels(k + 1) * size_.filters); }
+  // The gradient of planes takes their place.
+  void normalise_backward(int64_t k, int64_t i, int64_t count) {
+    const Norm norm = select_norm(k, i, count);
+    const T* const shift = step_.theta + size_.shift(k);
+    T *const d_scale = d_norm_, *const d_shift = d_norm_ + size_.filters;
+    if (step_.tangent) {
+      norm_pool<T>().dual_backward(read(norm.pooled), read(norm.y), norm.scale, shift, norm.statistics,
+                                   norm.size, norm_scratch_, norm.y, d_scale, d_shift, kThisThread);
+    } else {
+      norm_pool<T>().backward(norm.pooled.value, norm.y.value, norm.scale.value, shift, norm.statistics,
+                              norm.size, norm_scratch_, norm.y.value, d_scale, d_shift, kThisThread);
+    }
+    add(d_norm_, 2 * size_.filters, gradient_ + size_.scale(k));
+    watch_.lap(kNorms);
+  }
+
+  struct Norm {
+    PlaneBatch size;
+    Dual<T> y, pooled;
+    Dual<const T> scale;
+    T* statistics;
+  };
+  Norm select_norm(int64_t k, int64_t i, int64_t count) const {
+    const int64_t c = size_.filters;
+    return {{count, c, size_.rows(k), size_.columns(k)},
+            faces(blocks_[k].y, i, pixels(k) * c),
+            faces(blocks_[k].pooled, i, pixels(k + 1) * c),
+            parameters(size_.scale(k)),
+            blocks_[k].statistics + i * kDualStatistics * c};
+  }
+  Dual<T> faces(T* planes, int64_t i, int64_t plane) const {
+    return {planes + i * plane, planes + (n_ + i) * plane};
+  }
 
   // Outputs are replaced by the cotangents of their values and, with a tangent, of their tangents.
   void differentiate_outputs() {
@@ -310,52 +357,39 @@ class Part {
 
   // From the gradient in a block's pooled planes to that in the pooled planes before, or in the images.
   void backward(int64_t k) {
-    const Block<T>& block = blocks_[k];
-    const PlaneBatch size = plane_batch(k);
-    const int64_t c = size_.filters;
-    const Dual<const T> scale = parameters(size_.scale(k));
-    const T* const shift = step_.theta + size_.shift(k);
-    if (step_.tangent) {
-      norm_pool<T>().dual_backward(read(pooled_faces(k)), read(y_faces(k)), scale, shift, block.statistics,
-                                   size, norm_scratch_, y_faces(k), d_norm_, d_norm_ + c, kThisThread);
-    } else {
-      norm_pool<T>().backward(block.pooled, block.y, scale.value, shift, block.statistics, size,
-                              norm_scratch_, block.y, d_norm_, d_norm_ + c, kThisThread);
-    }
-    add(d_norm_, 2 * c, gradient_ + size_.scale(k));
-    watch_.lap(kNorms);
     if (k == 0) return backward_images();
-    const int64_t rows = planes(k).tiles(step_.m);
-    winograd<T>().output_transposed(block.y, planes(k), step_.m, grads_, kThisThread);
-    winograd<T>().multiply(read(grads_), read(block.tiles), stages(), c, rows, c, true, adding_, block.sum,
+    normalise_backward(k, 0, n_);
+    const Block<T>& block = blocks_[k];
+    const int64_t c = size_.filters, rows = planes(k).tiles(step_.m);
+    const Matrices<T> grads{grads_.data, rows * c + kApart};
+    winograd<T>().output_transposed(block.y, planes(k), step_.m, grads, kThisThread);
+    winograd<T>().multiply(read(grads), read(block.tiles), stages(), c, rows, c, true, false, sum_,
                            kThisThread);
+    winograd<T>().weight_transposed(read(sum_), c, c, step_.m, gradient_ + size_.weight(k), kThisThread);
     watch_.lap(kWeightGradients);
     convolve(k, block.y, {nullptr, 0}, true, blocks_[k - 1].pooled);
   }
 
   void backward_images() {
-    const int64_t rows = n_ * pixels(0), c = size_.filters;
-    const T* const d_y = blocks_[0].y;
-    multiply(columns_, d_y, tap_row(), rows, c, true, adding_, taps_sum_);
-    watch_.lap(kWeightGradients);
-    if (!step_.tangent) return;
-    for (int64_t face = 0; face < 2; ++face)
-      multiply(d_y + face * rows * c, taps_transposed_[face], rows, c, tap_row(), false, face > 0, d_columns_);
-    watch_.lap(kConvolutions);
-    winograd<T>().columns_transposed(d_columns_, neighbourhoods(),
-                                     step_.d_images + begin_ * size_.channels * size_.height * size_.width,
-                                     kThisThread);
-    watch_.lap(kColumns);
+    const int64_t rows = pixels(0), c = size_.filters;
+    for (int64_t i = 0; i < n_; ++i) {
+      normalise_backward(0, i, 1);
+      const Dual<T> d_y = faces(blocks_[0].y, i, rows * c);
+      multiply(columns(i), d_y.value, tap_row(), rows, c, true, adding_ || i > 0, taps_sum_);
+      watch_.lap(kWeightGradients);
+      if (!step_.tangent) continue;
+      multiply(d_y.value, taps_transposed_[0], rows, c, tap_row(), false, false, columns(i));
+      multiply(d_y.tangent, taps_transposed_[1], rows, c, tap_row(), false, true, columns(i));
+      watch_.lap(kConvolutions);
+      winograd<T>().columns_transposed(columns(i), neighbourhoods(), image(step_.d_images, i), kThisThread);
+      watch_.lap(kColumns);
+    }
   }
 
   // The sums over chunks, as the gradients of parameters.
   void finish() {
     const int64_t c = size_.filters, pixels_left = pixels(size_.depth);
     transpose(taps_sum_, kTaps * size_.channels, c, kTaps * size_.channels, gradient_);
-    for (int64_t k = 1; k < size_.depth; ++k)
-      winograd<T>().weight_transposed(read(blocks_[k].sum), c, c, step_.m, gradient_ + size_.weight(k),
-                                      kThisThread);
-    watch_.lap(kWeights);
     for (int64_t pixel = 0; pixel < pixels_left; ++pixel)
       for (int64_t channel = 0; channel < c; ++channel)
         for (int64_t k = 0; k < size_.classes; ++k)
@@ -374,9 +408,9 @@ class Part {
   bool adding_ = false;                  // to the sums of earlier chunks
   double phi_ = 0;
   std::vector<Block<T>> blocks_;
-  T *columns_, *d_columns_, *taps_sum_, *norm_scratch_, *d_norm_, *outputs_, *linear_sum_;
+  T *columns_, *taps_sum_, *norm_scratch_, *d_norm_, *outputs_, *linear_sum_;
   T *taps_[2], *taps_transposed_[2], *by_feature_[2], *by_class_[2];  // of values and tangents
-  Matrices<T> grads_, weights_[2];
+  Matrices<T> grads_, sum_, weights_[2];
 };
 
 // body(part, first image, images, seconds) for every part, then the mean of their seconds.

@@ -57,7 +57,7 @@ struct Winograd {
   // the weight turned by 180 degrees.
   void (*weight)(const T* weight, int64_t outputs, int64_t inputs, int m, bool backward,
                  Matrices<T> transformed, const Queue& queue);
-  // Of [outputs, inputs].
+  // Of [outputs, inputs]; added to the weight.
   void (*weight_transposed)(Matrices<const T> transformed, int64_t outputs, int64_t inputs, int m, T* weight,
                             const Queue& queue);
 

@@ -305,7 +305,7 @@ void weight_transposed(Matrices<const T> transformed, int64_t outputs, int64_t i
         for (int k = 0; k < kTaps; ++k) store(taps[k], out[k / 3][k % 3]);
         T* to = weight + (row * inputs + c) * kTaps;
         for (int64_t i = 0; i < width; ++i)
-          for (int k = 0; k < kTaps; ++k) to[i * kTaps + k] = taps[k][i];
+          for (int k = 0; k < kTaps; ++k) to[i * kTaps + k] += taps[k][i];
       });
   });
 }
