@@ -129,13 +129,14 @@ class Part {
  private:
   int64_t pixels(int64_t block) const { return size_.rows(block) * size_.columns(block); }
   int64_t stages() const { return (step_.m + 2) * (step_.m + 2); }
-  int64_t tap_row() const { return whole_rows(kTaps * size_.channels); }
+  int64_t taps() const { return kTaps * size_.channels; }
+  int64_t tap_row() const { return whole_rows(taps()); }
   // what a convolution after the first sees
   TiledImages planes(int64_t block) const {
     return {faces_ * n_, size_.filters, size_.rows(block), size_.columns(block)};
   }
-  Neighbourhoods neighbourhoods() const {
-    return {1, size_.channels, size_.height, size_.width, size_.pad_y, size_.pad_x, tap_row()};
+  Neighbourhoods neighbourhoods(int64_t row) const {
+    return {1, size_.channels, size_.height, size_.width, size_.pad_y, size_.pad_x, row};
   }
   Dual<const T> parameters(int64_t offset) const {
     return {step_.theta + offset, step_.tangent ? step_.tangent + offset : nullptr};
@@ -160,8 +161,8 @@ class Part {
       block.tiles = matrices(planes(k).tiles(step_.m), c);
     }
     columns_ = memory_.take(most * pixels(0) * tap_row());
-    taps_sum_ = memory_.take(tap_row() * c);
-    for (T*& matrix : taps_) matrix = memory_.take(tap_row() * c);
+    taps_sum_ = memory_.take(taps() * c);
+    for (T*& matrix : taps_) matrix = memory_.take(taps() * c);
     for (T*& matrix : taps_transposed_) matrix = memory_.take(tap_row() * c);
     share_stages();
     norm_scratch_ = memory_.take(norm_pool<T>().scratch_bytes({most, c, size_.rows(0), size_.columns(0)}) / sizeof(T) + 1);
@@ -185,12 +186,12 @@ class Part {
 
   // The first and the last layer as matrices: taps or features by outputs, and their transposes.
   void arrange_parameters() {
-    const int64_t c = size_.filters, taps = kTaps * size_.channels, pixels_left = pixels(size_.depth);
+    const int64_t c = size_.filters, pixels_left = pixels(size_.depth);
     for (int64_t face = 0; face < faces_; ++face) {
       const T* theta = face ? step_.tangent : step_.theta;
-      std::fill_n(taps_[face], tap_row() * c, T(0));
-      transpose(theta, c, taps, c, taps_[face]);
-      transpose(taps_[face], tap_row(), c, tap_row(), taps_transposed_[face]);
+      transpose(theta, c, taps(), c, taps_[face]);
+      std::fill_n(taps_transposed_[face], c * tap_row(), T(0));
+      transpose(taps_[face], taps(), c, tap_row(), taps_transposed_[face]);
       std::fill_n(by_class_[face], row_ * size_.features(), T(0));
       for (int64_t k = 0; k < size_.classes; ++k)
         transpose(theta + size_.linear() + k * size_.features(), c, pixels_left, c,
@@ -230,10 +231,10 @@ class Part {
   void forward_images() {
     const int64_t rows = pixels(0), c = size_.filters;
     for (int64_t i = 0; i < n_; ++i) {
-      winograd<T>().columns(image(step_.images, i), neighbourhoods(), columns(i), kThisThread);
+      winograd<T>().columns(image(step_.images, i), neighbourhoods(taps()), columns(i), kThisThread);
       watch_.lap(kColumns);
       for (int64_t face = 0; face < faces_; ++face)
-        multiply(columns(i), taps_[face], rows, tap_row(), c, false, false,
+        multiply(columns(i), taps_[face], rows, taps(), c, false, false,
                  blocks_[0].y + (face * n_ + i) * rows * c);
       watch_.lap(kConvolutions);
       normalise(0, i, 1);
@@ -375,13 +376,14 @@ class Part {
     for (int64_t i = 0; i < n_; ++i) {
       normalise_backward(0, i, 1);
       const Dual<T> d_y = faces(blocks_[0].y, i, rows * c);
-      multiply(columns(i), d_y.value, tap_row(), rows, c, true, adding_ || i > 0, taps_sum_);
+      multiply(columns(i), d_y.value, taps(), rows, c, true, adding_ || i > 0, taps_sum_);
       watch_.lap(kWeightGradients);
       if (!step_.tangent) continue;
       multiply(d_y.value, taps_transposed_[0], rows, c, tap_row(), false, false, columns(i));
       multiply(d_y.tangent, taps_transposed_[1], rows, c, tap_row(), false, true, columns(i));
       watch_.lap(kConvolutions);
-      winograd<T>().columns_transposed(columns(i), neighbourhoods(), image(step_.d_images, i), kThisThread);
+      winograd<T>().columns_transposed(columns(i), neighbourhoods(tap_row()), image(step_.d_images, i),
+                                       kThisThread);
       watch_.lap(kColumns);
     }
   }
@@ -389,7 +391,7 @@ class Part {
   // The sums over chunks, as the gradients of parameters.
   void finish() {
     const int64_t c = size_.filters, pixels_left = pixels(size_.depth);
-    transpose(taps_sum_, kTaps * size_.channels, c, kTaps * size_.channels, gradient_);
+    transpose(taps_sum_, taps(), c, taps(), gradient_);
     for (int64_t pixel = 0; pixel < pixels_left; ++pixel)
       for (int64_t channel = 0; channel < c; ++channel)
         for (int64_t k = 0; k < size_.classes; ++k)

@@ -432,23 +432,28 @@ void multiply(Matrices<const T> a, Matrices<const T> b, int64_t count, int64_t r
 
 // ---- a convolution of few channels ----
 
+// A row of neighbourhoods, or of an image: f(index of the neighbourhood, of the pixel) wherever the tap that
+// stands `shift` pixels to the right of a neighbourhood's place lies in the image.
+template <class F>
+DDPP_INLINE void for_tap(int64_t columns, int64_t width, int64_t shift, const F& f) {
+  for (int64_t x = std::max<int64_t>(0, -shift); x < std::min(columns, width - shift); ++x) f(x, x + shift);
+}
+
 template <class T>
 void columns(const T* images, const Neighbourhoods& size, T* columns, const Queue& queue) {
   parallel_for(queue, size.n * size.rows(), 1, [=](int64_t begin, int64_t end) {
-    T* to = columns + begin * size.columns() * size.row;
-    for (int64_t line = begin; line < end; ++line)
-      for (int64_t x = 0; x < size.columns(); ++x, to += size.row) {
-        std::fill_n(to, size.row, T(0));
-        const int64_t top = line % size.rows() - size.pad_y, left = x - size.pad_x;
-        for (int64_t c = 0; c < size.channels; ++c) {
-          const T* plane = images + (line / size.rows() * size.channels + c) * size.height * size.width;
-          for (int64_t k = 0; k < kTaps; ++k) {
-            const int64_t v = top + k / 3, u = left + k % 3;
-            if (v >= 0 && v < size.height && u >= 0 && u < size.width)
-              to[c * kTaps + k] = plane[v * size.width + u];
-          }
-        }
+    for (int64_t line = begin; line < end; ++line) {
+      T* const to = columns + line * size.columns() * size.row;
+      std::fill_n(to, size.columns() * size.row, T(0));
+      const T* const image = images + line / size.rows() * size.channels * size.height * size.width;
+      for (int64_t tap = 0; tap < kTaps * size.channels; ++tap) {
+        const int64_t v = line % size.rows() - size.pad_y + tap % kTaps / 3;
+        if (v < 0 || v >= size.height) continue;
+        const T* const from = image + (tap / kTaps * size.height + v) * size.width;
+        for_tap(size.columns(), size.width, tap % 3 - size.pad_x,
+                [=](int64_t x, int64_t u) DDPP_LAMBDA { to[x * size.row + tap] = from[u]; });
       }
+    }
   });
 }
 
@@ -456,18 +461,18 @@ template <class T>
 void columns_transposed(const T* columns, const Neighbourhoods& size, T* images, const Queue& queue) {
   parallel_for(queue, size.n * size.channels, 1, [=](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
-      const T* from = columns + plane / size.channels * size.rows() * size.columns() * size.row +
-                      plane % size.channels * kTaps;
-      T* to = images + plane * size.height * size.width;
-      for (int64_t y = 0; y < size.height; ++y)
-        for (int64_t x = 0; x < size.width; ++x) {
-          T sum = 0;
-          for (int64_t k = 0; k < kTaps; ++k) {  // the neighbourhoods that hold this pixel
-            const int64_t v = y + size.pad_y - k / 3, u = x + size.pad_x - k % 3;
-            if (v >= 0 && v < size.rows() && u >= 0 && u < size.columns())
-              sum += from[(v * size.columns() + u) * size.row + k];
-          }
-          *to++ = sum;
+      const T* const from = columns + plane / size.channels * size.rows() * size.columns() * size.row +
+                            plane % size.channels * kTaps;
+      T* const image = images + plane * size.height * size.width;
+      std::fill_n(image, size.height * size.width, T(0));
+      for (int64_t y = 0; y < size.rows(); ++y)
+        for (int64_t tap = 0; tap < kTaps; ++tap) {
+          const int64_t v = y - size.pad_y + tap / 3;
+          if (v < 0 || v >= size.height) continue;
+          T* const to = image + v * size.width;
+          const T* const row = from + y * size.columns() * size.row + tap;
+          for_tap(size.columns(), size.width, tap % 3 - size.pad_x,
+                  [=](int64_t x, int64_t u) DDPP_LAMBDA { to[u] += row[x * size.row]; });
         }
     }
   });
