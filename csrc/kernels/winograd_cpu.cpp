@@ -275,8 +275,10 @@ void weight(const T* weight, int64_t outputs, int64_t inputs, bool backward, Mat
           T* to = transformed.data + row * columns + c;
           for (int k = 0; k < a * a; ++k) __builtin_prefetch(to + k * transformed.stride + columns, 1);
           T taps[kTaps][width];
-          for (int64_t i = 0; i < width; ++i)
+          for (int64_t i = 0; i < width; ++i) {
+            __builtin_prefetch(from + (i + width) * column_step);
             for (int k = 0; k < kTaps; ++k) taps[backward ? kTaps - 1 - k : k][i] = from[i * column_step + k];
+          }
           V in[3][3], out[a][a];
           for (int k = 0; k < kTaps; ++k) load(in[k / 3][k % 3], taps[k]);
           both_ways(in, out, DDPP_FILTER(weight));
