@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
 from ddpp.models import Network, flat
@@ -33,7 +32,7 @@ class ConvNetStep:
         tile: side of the Winograd tiles on the CPU; see :class:`ddpp.ops.convnet.Architecture`.
 
     Attributes:
-        seconds: if a float64 tensor, it takes the times of a compiled step; see :data:`ddpp.ops.convnet.STAGES`.
+        account: if a tensor, it takes the times and bytes of compiled steps; see :func:`ddpp.ops.convnet.gradient`.
     """
 
     def __init__(self, network: Network, tile: int = 2) -> None:
@@ -44,7 +43,7 @@ class ConvNetStep:
             pad_y, pad_x, len(blocks) // _BLOCK, convolution.out_channels, norm.eps, tile
         )
         self.classes, self.layout = network.classifier.out_features, flat.layout(network)
-        self.seconds: Tensor | None = None
+        self.account: Tensor | None = None
 
     @staticmethod
     def suits(network: nn.Module) -> bool:
@@ -64,12 +63,12 @@ class ConvNetStep:
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """d/dtheta of the mean cross-entropy; labels are class indices or the logits of soft ones. [P]"""
-        return convnet.gradient(self.architecture, theta, images, self._targets(labels, theta), self.seconds)
+        return convnet.gradient(self.architecture, theta, images, self._targets(labels, theta), self.account)
 
     def adjoint(self, theta: Tensor, adjoint: Tensor, images: Tensor, labels: Tensor) -> StepAdjoint:
         """phi = <gradient(theta, images, labels), adjoint> and its derivatives."""
         targets = self._targets(labels, theta)
-        found = convnet.adjoint(self.architecture, theta, adjoint, images, targets, self.seconds)
+        found = convnet.adjoint(self.architecture, theta, adjoint, images, targets, self.account)
         return found if labels.is_floating_point() else found._replace(labels=None)
 
     def _targets(self, labels: Tensor, theta: Tensor) -> Tensor:

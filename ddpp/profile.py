@@ -25,12 +25,14 @@ from ddpp import augment, cli, data, models, runs, seeds, synthetic
 from ddpp.config import SECTIONS, Config
 from ddpp.dual import ConvNetStep, Step
 from ddpp.models import flat
+from ddpp.ops import convnet
 from ddpp.unroll import Matching, matching_gradients, provider
 
+#: What is left of a ConvNet's step, one operator, when the times are taken off that it tells of.
+WAITING = "threads waiting for each other"
 #: What an operator's time counts as, by the beginnings of its name.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "products of matrices": ("ddpp::multiply_matrices", "aten::mm", "aten::addmm", "aten::bmm"),
-    "Winograd convolutions": ("ddpp::winograd",),
+    "products of matrices": ("aten::mm", "aten::addmm", "aten::bmm"),
     "torch's convolutions": ("aten::mkldnn_conv", "aten::convolution", "aten::cudnn_conv", "aten::_slow_conv"),
     "norm, activation, pooling": (
         *("ddpp::norm_relu_pool", "aten::native_group_norm", "aten::threshold", "aten::relu", "aten::clamp"),
@@ -38,9 +40,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "augmentation": ("ddpp::dsa", "aten::grid_sampler", "aten::affine_grid"),
     "matching loss": ("ddpp::match_loss",),
+    WAITING: ("ddpp::convnet",),
     "copies and fills": (
-        "ddpp::columns",
-        "ddpp::images_of",
         "aten::copy_",
         "aten::fill_",
         "aten::zero_",
@@ -79,13 +80,22 @@ def measure(call: Callable[[], Matching], step: Step, device: torch.device) -> P
     total = timed()
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    account = torch.zeros(len(convnet.TIMES) + len(convnet.BYTES), dtype=torch.float64)
+    if isinstance(step, ConvNetStep):
+        step.account = account
     with torch_profile(activities=activities) as profiler:
         watched = timed()
+    if isinstance(step, ConvNetStep):
+        step.account = None
     rooms = dict.fromkeys([*ROOMS, OTHER], 0.0)
     for event in profiler.key_averages():
         rooms[room(event.key)] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
+    stages = dict(zip(convnet.TIMES, (1e3 * account[: len(convnet.TIMES)]).tolist(), strict=True))
+    rooms[WAITING] = max(0.0, rooms[WAITING] - sum(stages.values()))
+    for name, spent in stages.items():
+        rooms[name] = rooms.get(name, 0.0) + spent
     rooms[OUTSIDE] = max(0.0, watched - sum(rooms.values()))
-    held = step.buffers.megabytes() if isinstance(step, ConvNetStep) else {}
+    held = dict(zip(convnet.BYTES, (account[len(convnet.TIMES) :] / 1e6).tolist(), strict=True))
     return Profile(rooms, held, total)
 
 

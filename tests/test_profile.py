@@ -7,6 +7,8 @@ import torch
 
 from ddpp import profile
 from ddpp.config import Config, DistillConfig, ModelConfig
+from ddpp.ops import convnet
+from ddpp.ops._library import implementation
 
 TOY = ["--width", "8", "--inner-steps", "3", "--threads", "1"]
 
@@ -14,8 +16,8 @@ TOY = ["--width", "8", "--inner-steps", "3", "--threads", "1"]
 @pytest.mark.parametrize(
     ("operator", "room"),
     [
-        ("ddpp::winograd_convolve", "Winograd convolutions"),
-        ("ddpp::multiply_matrices", "products of matrices"),
+        ("ddpp::convnet_adjoint", profile.WAITING),
+        ("aten::addmm", "products of matrices"),
         ("aten::native_group_norm_backward", "norm, activation, pooling"),
         ("aten::softmax", profile.OTHER),
     ],
@@ -29,11 +31,18 @@ def test_what_is_measured(engine: str) -> None:
     config = Config(model=ModelConfig(width=8), distill=DistillConfig(inner_steps=4, keep_every=2, engine=engine))
     call, step, kept = profile.outer_step(config, torch.device("cpu"))
     found = profile.measure(call, step, torch.device("cpu"))
-    assert found.total > 0 and set(found.milliseconds) == {*profile.ROOMS, profile.OTHER, profile.OUTSIDE}
+    assert found.total > 0 and set(found.milliseconds) == {
+        *profile.ROOMS,
+        *convnet.TIMES,
+        profile.OTHER,
+        profile.OUTSIDE,
+    }
     assert all(value >= 0 for value in found.milliseconds.values())
     if engine == "adjoint":  # theta_0, theta_2 and theta_4
         assert kept["student's parameters"] == pytest.approx(3 * 4e-6 * len(call().end))
         assert found.milliseconds["norm, activation, pooling"] > 0
+        if implementation("convnet_adjoint", "cpu")[0] == "C++":
+            assert found.megabytes["planes"] > 0 and found.milliseconds["gradients of weights"] > 0
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

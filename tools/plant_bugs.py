@@ -22,13 +22,14 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 
-def configure(folder: Path, op: str, sanitizers: str) -> None:
-    """A copy of what the test of one op needs, built with sanitizers."""
+def configure(folder: Path, op: str, others: list[str], sanitizers: str) -> None:
+    """A copy of what the test of one op needs, other ops' kernels among it, built with sanitizers."""
     shutil.copy2(ROOT / "CMakeLists.txt", folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     for path in (folder / "csrc").rglob("*_*"):
-        others = path.parent.name in ("kernels", "tests") and path.suffix in (".cpp", ".cu") and op not in path.name
-        if others:
+        source = path.parent.name in ("kernels", "tests") and path.suffix in (".cpp", ".cu")
+        wanted = [op, *others] if path.parent.name == "kernels" else [op]
+        if source and not any(name in path.name for name in wanted):
             path.unlink()
     options = ["-DDDPP_BUILD_CUDA=0", f"-DDDPP_SANITIZE={sanitizers}", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]
     done = run("cmake", "-S", folder, "-B", folder / "build", "-G", "Ninja", *options)
@@ -71,7 +72,7 @@ def plant(op: str) -> int:
     missed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        configure(folder, op, planted.get("sanitizers", "address,undefined"))
+        configure(folder, op, planted.get("with", []), planted.get("sanitizers", "address,undefined"))
         if said := test(folder, op):
             sys.exit(f"{op}: the tests fail without a planted bug: {said}")
         for bug in planted["bug"]:

@@ -39,12 +39,12 @@ ConvNetSize checked_size(const Tensor& theta, const Tensor& images, int64_t clas
   return size;
 }
 
-double* checked_seconds(std::optional<Tensor>& seconds) {
-  if (!seconds) return nullptr;
-  if (seconds->scalar_type() != ScalarType::Double || seconds->dim() != 1 ||
-      seconds->size(0) != kConvNetStages || !seconds->is_contiguous())
-    fail("ddpp: seconds must be float64 [", static_cast<int>(kConvNetStages), "], got ", shape(*seconds));
-  return seconds->mutable_data_ptr<double>();
+double* checked_account(std::optional<Tensor>& account) {
+  if (!account) return nullptr;
+  if (account->scalar_type() != ScalarType::Double || account->dim() != 1 ||
+      account->size(0) != kConvNetAccounts || !account->is_contiguous())
+    fail("ddpp: account must be float64 [", static_cast<int>(kConvNetAccounts), "], got ", shape(*account));
+  return account->mutable_data_ptr<double>();
 }
 
 // run(T()) for the dtype of t
@@ -73,7 +73,7 @@ void logits_op(const Tensor& theta, const Tensor& images, int64_t pad_y, int64_t
 
 void step_op(const Tensor& theta, const Tensor* tangent, const Tensor& images, const Tensor& targets,
              int64_t pad_y, int64_t pad_x, int64_t depth, int64_t filters, double eps, int64_t m,
-             int64_t parts, std::optional<Tensor> seconds, Tensor gradient, Tensor* d_images,
+             int64_t parts, std::optional<Tensor> account, Tensor gradient, Tensor* d_images,
              Tensor* d_labels, Tensor* phi) {
   if (targets.dim() != 2) fail("ddpp: targets must be [N, K], got ", shape(targets));
   const ConvNetSize size =
@@ -86,7 +86,7 @@ void step_op(const Tensor& theta, const Tensor* tangent, const Tensor& images, c
     check_size("d_labels", *d_labels, {size.n, size.classes}, theta);
     check_size("phi", *phi, {}, theta);
   }
-  double* const times = checked_seconds(seconds);
+  double* const account_data = checked_account(account);
   Tensor scratch = empty(theta, {(parts - 1) * size.parameters()}, theta.scalar_type());
   by_dtype(theta, [&](auto t) {
     using T = decltype(t);
@@ -99,7 +99,7 @@ void step_op(const Tensor& theta, const Tensor* tangent, const Tensor& images, c
     step.targets = targets.const_data_ptr<T>();
     step.scratch = scratch.mutable_data_ptr<T>();
     step.gradient = gradient.mutable_data_ptr<T>();
-    step.seconds = times;
+    step.account = account_data;
     if (tangent) {
       step.tangent = tangent->const_data_ptr<T>();
       step.d_images = d_images->mutable_data_ptr<T>();
@@ -112,16 +112,16 @@ void step_op(const Tensor& theta, const Tensor* tangent, const Tensor& images, c
 
 void gradient_op(const Tensor& theta, const Tensor& images, const Tensor& targets, int64_t pad_y,
                  int64_t pad_x, int64_t depth, int64_t filters, double eps, int64_t m, int64_t parts,
-                 std::optional<Tensor> seconds, Tensor gradient) {
-  step_op(theta, nullptr, images, targets, pad_y, pad_x, depth, filters, eps, m, parts, seconds, gradient,
+                 std::optional<Tensor> account, Tensor gradient) {
+  step_op(theta, nullptr, images, targets, pad_y, pad_x, depth, filters, eps, m, parts, account, gradient,
           nullptr, nullptr, nullptr);
 }
 
 void adjoint_op(const Tensor& theta, const Tensor& tangent, const Tensor& images, const Tensor& targets,
                 int64_t pad_y, int64_t pad_x, int64_t depth, int64_t filters, double eps, int64_t m,
-                int64_t parts, std::optional<Tensor> seconds, Tensor gradient, Tensor d_images,
+                int64_t parts, std::optional<Tensor> account, Tensor gradient, Tensor d_images,
                 Tensor d_labels, Tensor phi) {
-  step_op(theta, &tangent, images, targets, pad_y, pad_x, depth, filters, eps, m, parts, seconds, gradient,
+  step_op(theta, &tangent, images, targets, pad_y, pad_x, depth, filters, eps, m, parts, account, gradient,
           &d_images, &d_labels, &phi);
 }
 

@@ -1,5 +1,6 @@
-// A student step of a ConvNet, whole: the gradient of its cross-entropy by the parameters and, on dual numbers
-// (value, tangent), phi = <gradient, tangent> with its derivatives. ddpp/ops/convnet.py gives the formulas.
+// A student step of a ConvNet, whole: the gradient of its cross-entropy by the parameters and, on dual
+// numbers (value, tangent), phi = <gradient, tangent> with its derivatives. ddpp/ops/convnet.py gives the
+// formulas.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +12,8 @@ namespace ddpp {
 
 // `depth` blocks of a 3x3 convolution of `filters` outputs, instance normalisation, ReLU and 2x2 average
 // pooling, then a linear layer. Around the images [n, channels, height, width] stand pad_y and pad_x zero
-// pixels, around later planes one. Parameters are one vector: of each block the weight [filters, inputs, 3, 3],
-// its bias (which the normalisation cancels), scale and shift; then weight [classes, features] and bias.
+// pixels, around later planes one. Parameters are one vector: of each block the weight [filters, inputs, 3,
+// 3], its bias (which the normalisation cancels), scale and shift; then weight [classes, features] and bias.
 struct ConvNetSize {
   int64_t n, channels, height, width, pad_y, pad_x, depth, filters, classes;
   double eps;
@@ -35,26 +36,42 @@ struct ConvNetSize {
   int64_t parameters() const { return linear_bias() + classes; }
 };
 
-// What the time of a step goes into.
-enum ConvNetStage { kColumns, kConvolutions, kNorms, kWeights, kWeightGradients, kLinear, kConvNetStages };
+// An account of a step: seconds by what they went into, the mean of all parts, and bytes by what they hold,
+// the sum of all parts.
+enum ConvNetAccount {
+  kColumnsTime,
+  kConvolutionsTime,
+  kNormsTime,
+  kWeightsTime,
+  kWeightGradientsTime,
+  kLinearTime,
+  kTimes,
+  kPlanesBytes = kTimes,
+  kTilesBytes,
+  kStagesBytes,
+  kColumnsBytes,
+  kParametersBytes,
+  kConvNetAccounts
+};
 
-// Images are worked through in `parts` parts, each by one thread from the first layer to the last and back: the
-// threads share the parameters and nothing else. Results depend on the number of parts, not on the threads.
+// Images are worked through in `parts` parts, each by one thread from the first layer to the last and back:
+// the threads share the parameters and nothing else. Results depend on the number of parts, not on the
+// threads.
 template <class T>
 struct ConvNetStep {
   ConvNetSize size;
-  int m;              // side of the Winograd tiles, 2 or 4
-  int64_t parts;      // at most n
-  const T* theta;     // [parameters]
-  const T* tangent;   // [parameters], or null for the gradient alone
-  const T* images;    // [n, channels, height, width]
-  const T* targets;   // probabilities [n, classes]
-  T* scratch;         // [parts - 1, parameters]
-  T* gradient;        // of the cross-entropy or, with a tangent, of phi [parameters]
-  T* d_images;        // with a tangent, as images
-  T* d_labels;        // with a tangent, by the logits whose softmax the targets are [n, classes]
-  T* phi;             // with a tangent [1]
-  double* seconds;    // [kConvNetStages], to which the mean of the parts' times is added; may be null
+  int m;             // side of the Winograd tiles, 2 or 4
+  int64_t parts;     // at most n
+  const T* theta;    // [parameters]
+  const T* tangent;  // [parameters], or null for the gradient alone
+  const T* images;   // [n, channels, height, width]
+  const T* targets;  // probabilities [n, classes]
+  T* scratch;        // [parts - 1, parameters]
+  T* gradient;       // of the cross-entropy or, with a tangent, of phi [parameters]
+  T* d_images;       // with a tangent, as images
+  T* d_labels;       // with a tangent, by the logits whose softmax the targets are [n, classes]
+  T* phi;            // with a tangent [1]
+  double* account;   // [kConvNetAccounts], to which times are added, and where bytes are written; may be null
 };
 
 // The launchers of the CPU; T is float or double.

@@ -15,23 +15,26 @@ namespace DDPP_ISA {
 namespace {
 
 constexpr int64_t kTaps = 9;
-constexpr int64_t kRow = 16;      // values of a row of few: a whole number of registers
-constexpr int64_t kApart = 16;    // values between matrices, as winograd_cpu.cpp has them
-constexpr int64_t kPixels = 10 * 32 * 32;  // at a time: what a part holds of the first block stays in the caches
+constexpr int64_t kRow = 16;    // values of a row of few: a whole number of registers
+constexpr int64_t kApart = 16;  // values between matrices, as winograd_cpu.cpp has them
+constexpr int64_t kPixels =
+    10 * 32 * 32;  // at a time: what a part holds of the first block stays in the caches
 
 int64_t whole_rows(int64_t values) { return (values + kRow - 1) / kRow * kRow; }
 
-const Queue kThisThread{nullptr, [](int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*),
-                                    void* state) {
-                          if (begin < end) body(begin, end, state);
-                        }};
+const Queue kThisThread{
+    nullptr, [](int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* state) {
+      if (begin < end) body(begin, end, state);
+    }};
 
 // Arrays of this thread that are kept from call to call: fresh pages would cost more than the work in them.
 template <class T>
 class Workspace {
  public:
-  T* take(int64_t values) {
+  explicit Workspace(double* account) : account_(account) {}
+  T* take(ConvNetAccount what, int64_t values) {
     constexpr int64_t line = 64 / sizeof(T);
+    account_[what] += static_cast<double>(sizeof(T) * values);
     thread_local std::vector<std::vector<T>> held;
     if (next_ == held.size()) held.emplace_back();
     std::vector<T>& memory = held[next_++];
@@ -40,6 +43,7 @@ class Workspace {
   }
 
  private:
+  double* account_;
   size_t next_ = 0;
 };
 
@@ -47,7 +51,7 @@ class Workspace {
 class Stopwatch {
  public:
   explicit Stopwatch(double* seconds) : seconds_(seconds), last_(Clock::now()) {}
-  void lap(ConvNetStage stage) {
+  void lap(ConvNetAccount stage) {
     const Clock::time_point now = Clock::now();
     seconds_[stage] += std::chrono::duration<double>(now - last_).count();
     last_ = now;
@@ -89,7 +93,7 @@ struct Block {
 template <class T>
 class Part {
  public:
-  Part(const ConvNetStep<T>& step, int64_t first, int64_t count, T* gradient, double* seconds)
+  Part(const ConvNetStep<T>& step, int64_t first, int64_t count, T* gradient, double* account)
       : step_(step),
         size_(step.size),
         first_(first),
@@ -97,7 +101,8 @@ class Part {
         chunks_((count * size_.height * size_.width + kPixels - 1) / kPixels),
         faces_(step.tangent ? 2 : 1),
         gradient_(gradient),
-        watch_(seconds) {
+        watch_(account),
+        memory_(account) {
     chunks_ = std::min(chunks_, count);
     allocate((count + chunks_ - 1) / chunks_);
     arrange_parameters();
@@ -142,9 +147,6 @@ class Part {
     return {step_.theta + offset, step_.tangent ? step_.tangent + offset : nullptr};
   }
   static Dual<const T> read(Dual<T> x) { return {x.value, x.tangent}; }
-  Matrices<T> matrices(int64_t rows, int64_t columns) {
-    return {memory_.take(stages() * (rows * columns + kApart)), rows * columns + kApart};
-  }
   static Matrices<const T> read(Matrices<T> x) { return {x.data, x.stride}; }
 
   void allocate(int64_t most) {
@@ -154,23 +156,26 @@ class Part {
     blocks_.resize(size_.depth);
     for (int64_t k = 0; k < size_.depth; ++k) {
       Block<T>& block = blocks_[k];
-      block.y = memory_.take(faces_ * most * pixels(k) * c);
-      block.pooled = memory_.take(faces_ * most * pixels(k + 1) * c);
-      block.statistics = memory_.take(kDualStatistics * most * c);
+      block.y = memory_.take(kPlanesBytes, faces_ * most * pixels(k) * c);
+      block.pooled = memory_.take(kPlanesBytes, faces_ * most * pixels(k + 1) * c);
+      block.statistics = memory_.take(kPlanesBytes, kDualStatistics * most * c);
       if (k == 0) continue;
-      block.tiles = matrices(planes(k).tiles(step_.m), c);
+      block.tiles.stride = planes(k).tiles(step_.m) * c + kApart;
+      block.tiles.data = memory_.take(kTilesBytes, stages() * block.tiles.stride);
     }
-    columns_ = memory_.take(most * pixels(0) * tap_row());
-    taps_sum_ = memory_.take(taps() * c);
-    for (T*& matrix : taps_) matrix = memory_.take(taps() * c);
-    for (T*& matrix : taps_transposed_) matrix = memory_.take(tap_row() * c);
+    columns_ = memory_.take(kColumnsBytes, most * pixels(0) * tap_row());
+    taps_sum_ = memory_.take(kParametersBytes, taps() * c);
+    for (T*& matrix : taps_) matrix = memory_.take(kParametersBytes, taps() * c);
+    for (T*& matrix : taps_transposed_) matrix = memory_.take(kParametersBytes, tap_row() * c);
     share_stages();
-    norm_scratch_ = memory_.take(norm_pool<T>().scratch_bytes({most, c, size_.rows(0), size_.columns(0)}) / sizeof(T) + 1);
-    d_norm_ = memory_.take(2 * c);
-    outputs_ = memory_.take(faces_ * most * row_);
-    for (T*& matrix : by_feature_) matrix = memory_.take(size_.features() * row_);
-    for (T*& matrix : by_class_) matrix = memory_.take(row_ * size_.features());
-    linear_sum_ = memory_.take(size_.features() * row_);
+    norm_scratch_ = memory_.take(
+        kParametersBytes,
+        norm_pool<T>().scratch_bytes({most, c, size_.rows(0), size_.columns(0)}) / sizeof(T) + 1);
+    d_norm_ = memory_.take(kParametersBytes, 2 * c);
+    outputs_ = memory_.take(kParametersBytes, faces_ * most * row_);
+    for (T*& matrix : by_feature_) matrix = memory_.take(kParametersBytes, size_.features() * row_);
+    for (T*& matrix : by_class_) matrix = memory_.take(kParametersBytes, row_ * size_.features());
+    linear_sum_ = memory_.take(kParametersBytes, size_.features() * row_);
   }
 
   // What is used up before the next of it begins lies in the same memory: it stays in the caches.
@@ -179,7 +184,7 @@ class Part {
     const int64_t rows = size_.depth > 1 ? planes(1).tiles(step_.m) : 0;
     grads_.stride = rows * c + kApart;
     sum_.stride = weights_[0].stride = weights_[1].stride = stride;
-    T* const memory = memory_.take(stages() * (stride + std::max(stride, grads_.stride)));
+    T* const memory = memory_.take(kStagesBytes, stages() * (stride + std::max(stride, grads_.stride)));
     sum_.data = weights_[0].data = memory;
     grads_.data = weights_[1].data = memory + stages() * stride;
   }
@@ -198,7 +203,7 @@ class Part {
                   by_class_[face] + k * size_.features());
       transpose(by_class_[face], row_, size_.features(), row_, by_feature_[face]);
     }
-    watch_.lap(kLinear);
+    watch_.lap(kLinearTime);
   }
 
   void select(int64_t chunk) {
@@ -220,11 +225,10 @@ class Part {
     }
     const int64_t features = size_.features();
     multiply(x, by_feature_[0], faces_ * n_, features, row_, false, false, outputs_);
-    if (step_.tangent)
-      multiply(x, by_feature_[1], n_, features, row_, false, true, outputs_ + n_ * row_);
+    if (step_.tangent) multiply(x, by_feature_[1], n_, features, row_, false, true, outputs_ + n_ * row_);
     for (int64_t i = 0; i < faces_ * n_; ++i)
       add((i < n_ ? step_.theta : step_.tangent) + size_.linear_bias(), size_.classes, outputs_ + i * row_);
-    watch_.lap(kLinear);
+    watch_.lap(kLinearTime);
   }
 
   // The first block, image by image: the planes of one are still in the L2 cache when they are normalised.
@@ -232,11 +236,11 @@ class Part {
     const int64_t rows = pixels(0), c = size_.filters;
     for (int64_t i = 0; i < n_; ++i) {
       winograd<T>().columns(image(step_.images, i), neighbourhoods(taps()), columns(i), kThisThread);
-      watch_.lap(kColumns);
+      watch_.lap(kColumnsTime);
       for (int64_t face = 0; face < faces_; ++face)
         multiply(columns(i), taps_[face], rows, taps(), c, false, false,
                  blocks_[0].y + (face * n_ + i) * rows * c);
-      watch_.lap(kConvolutions);
+      watch_.lap(kConvolutionsTime);
       normalise(0, i, 1);
     }
   }
@@ -253,11 +257,11 @@ class Part {
     for (int64_t face = 0; face < faces_; ++face)
       winograd<T>().weight((face ? step_.tangent : step_.theta) + weight, c, c, step_.m, backward,
                            weights_[face], kThisThread);
-    watch_.lap(kWeights);
+    watch_.lap(kWeightsTime);
     const Matrices<const T> tangent = step_.tangent ? read(weights_[1]) : Matrices<const T>{nullptr, 0};
     winograd<T>().convolve({x, planes(block), c, read(weights_[0]), tangent, backward, tiles, y}, step_.m,
                            kThisThread);
-    watch_.lap(kConvolutions);
+    watch_.lap(kConvolutionsTime);
   }
 
   // `count` images from the i-th on.
@@ -271,7 +275,7 @@ class Part {
       norm_pool<T>().forward(norm.y.value, norm.scale.value, shift.value, size_.eps, norm.size,
                              norm.pooled.value, norm.statistics, kThisThread);
     }
-    watch_.lap(kNorms);
+    watch_.lap(kNormsTime);
   }
 
   // The gradient of planes takes their place.
@@ -287,7 +291,7 @@ class Part {
                               norm.size, norm_scratch_, norm.y.value, d_scale, d_shift, kThisThread);
     }
     add(d_norm_, 2 * size_.filters, gradient_ + size_.scale(k));
-    watch_.lap(kNorms);
+    watch_.lap(kNormsTime);
   }
 
   struct Norm {
@@ -349,11 +353,10 @@ class Part {
     const int64_t features = size_.features();
     T* const x = blocks_.back().pooled;
     multiply(x, outputs_, features, faces_ * n_, row_, true, adding_, linear_sum_);
-    for (int64_t i = 0; i < n_; ++i)
-      add(outputs_ + i * row_, size_.classes, gradient_ + size_.linear_bias());
+    for (int64_t i = 0; i < n_; ++i) add(outputs_ + i * row_, size_.classes, gradient_ + size_.linear_bias());
     multiply(outputs_, by_class_[0], faces_ * n_, row_, features, false, false, x);
     if (step_.tangent) multiply(outputs_ + n_ * row_, by_class_[1], n_, row_, features, false, true, x);
-    watch_.lap(kLinear);
+    watch_.lap(kLinearTime);
   }
 
   // From the gradient in a block's pooled planes to that in the pooled planes before, or in the images.
@@ -367,7 +370,7 @@ class Part {
     winograd<T>().multiply(read(grads), read(block.tiles), stages(), c, rows, c, true, false, sum_,
                            kThisThread);
     winograd<T>().weight_transposed(read(sum_), c, c, step_.m, gradient_ + size_.weight(k), kThisThread);
-    watch_.lap(kWeightGradients);
+    watch_.lap(kWeightGradientsTime);
     convolve(k, block.y, {nullptr, 0}, true, blocks_[k - 1].pooled);
   }
 
@@ -377,14 +380,14 @@ class Part {
       normalise_backward(0, i, 1);
       const Dual<T> d_y = faces(blocks_[0].y, i, rows * c);
       multiply(columns(i), d_y.value, taps(), rows, c, true, adding_ || i > 0, taps_sum_);
-      watch_.lap(kWeightGradients);
+      watch_.lap(kWeightGradientsTime);
       if (!step_.tangent) continue;
       multiply(d_y.value, taps_transposed_[0], rows, c, tap_row(), false, false, columns(i));
       multiply(d_y.tangent, taps_transposed_[1], rows, c, tap_row(), false, true, columns(i));
-      watch_.lap(kConvolutions);
+      watch_.lap(kConvolutionsTime);
       winograd<T>().columns_transposed(columns(i), neighbourhoods(tap_row()), image(step_.d_images, i),
                                        kThisThread);
-      watch_.lap(kColumns);
+      watch_.lap(kColumnsTime);
     }
   }
 
@@ -397,7 +400,7 @@ class Part {
         for (int64_t k = 0; k < size_.classes; ++k)
           gradient_[size_.linear() + (k * c + channel) * pixels_left + pixel] =
               linear_sum_[(pixel * c + channel) * row_ + k];
-    watch_.lap(kLinear);
+    watch_.lap(kLinearTime);
   }
 
   const ConvNetStep<T>& step_;
@@ -415,27 +418,31 @@ class Part {
   Matrices<T> grads_, sum_, weights_[2];
 };
 
-// body(part, first image, images, seconds) for every part, then the mean of their seconds.
+// body(part, first image, images, account) for every part, then the account of all.
 template <class T, class Body>
 void for_parts(const ConvNetStep<T>& step, const Queue& queue, const Body& body) {
-  std::vector<double> seconds(step.parts * kConvNetStages);
+  std::vector<double> accounts(step.parts * kConvNetAccounts);
   parallel_for(queue, step.parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = step.size.n * part / step.parts;
-      body(part, first, step.size.n * (part + 1) / step.parts - first, &seconds[part * kConvNetStages]);
+      body(part, first, step.size.n * (part + 1) / step.parts - first, &accounts[part * kConvNetAccounts]);
     }
   });
-  if (!step.seconds) return;
-  for (size_t i = 0; i < seconds.size(); ++i) step.seconds[i % kConvNetStages] += seconds[i] / step.parts;
+  if (!step.account) return;
+  std::fill(step.account + kTimes, step.account + kConvNetAccounts, 0.);
+  for (size_t i = 0; i < accounts.size(); ++i) {
+    const int64_t which = i % kConvNetAccounts;
+    step.account[which] += which < kTimes ? accounts[i] / step.parts : accounts[i];
+  }
 }
 
 template <class T>
 void run(const ConvNetStep<T>& step, const Queue& queue) {
   const int64_t parameters = step.size.parameters();
   std::vector<double> phi(step.parts);
-  for_parts(step, queue, [&](int64_t part, int64_t first, int64_t count, double* seconds) {
+  for_parts(step, queue, [&](int64_t part, int64_t first, int64_t count, double* account) {
     T* const gradient = part ? step.scratch + (part - 1) * parameters : step.gradient;
-    phi[part] = Part<T>(step, first, count, gradient, seconds).step();
+    phi[part] = Part<T>(step, first, count, gradient, account).step();
   });
   parallel_for(queue, parameters, 1 << 14, [=](int64_t begin, int64_t end) {
     for (int64_t part = 1; part < step.parts; ++part)
@@ -448,8 +455,8 @@ void run(const ConvNetStep<T>& step, const Queue& queue) {
 
 template <class T>
 void logits(const ConvNetStep<T>& step, T* to, const Queue& queue) {
-  for_parts(step, queue, [&](int64_t, int64_t first, int64_t count, double* seconds) {
-    Part<T>(step, first, count, nullptr, seconds).logits(to);
+  for_parts(step, queue, [&](int64_t, int64_t first, int64_t count, double* account) {
+    Part<T>(step, first, count, nullptr, account).logits(to);
   });
 }
 

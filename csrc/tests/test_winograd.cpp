@@ -94,6 +94,7 @@ Results<T> convolve(const Case& c, int m, const Array<T>& x, const Array<T>& wei
   w.output_transposed(grad.data(), c.output(), m, d_out.data(), queue);
   w.multiply(std::as_const(d_out).data(), std::as_const(in).data(), count, c.outputs, tiles, inputs, true,
              false, d_weight.data(), queue);
+  std::fill_n(results.d_weight.data(), results.d_weight.size(), T(0));
   w.weight_transposed(std::as_const(d_weight).data(), c.outputs, inputs, m, results.d_weight.data(), queue);
   const Array<T>& spaced = in.array;
   for (int64_t i = in.size; i < spaced.size(); i += in.size + 3)
@@ -120,6 +121,41 @@ void check_convolution(const Setting& setting, const Case& c, int m) {
     CHECK(other.y.same_bits(first.y) && other.d_x.same_bits(first.d_x) &&
           other.d_weight.same_bits(first.d_weight));
   }
+}
+
+// The length of the error of a convolution, as a part of its length.
+template <class T>
+void check_error(const Setting& setting, int m, double most) {
+  const Case c{{1, 128, 8, 8}, 128};
+  const auto x = random_array<T>(c.values()), weight = random_array<T>(c.outputs * c.size.channels * 9);
+  const auto grad = random_array<T>(c.output_values());
+  std::vector<double> wanted(c.output_values());
+  each_product(c,
+               [&](int64_t o, int64_t i, int64_t k) { wanted[o] += static_cast<double>(x[i]) * weight[k]; });
+  const Results<T> found = convolve(c, m, x, weight, grad, setting.queues[0]);
+  double off = 0, length = 0;
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    off += std::pow(static_cast<double>(found.y[i]) - wanted[i], 2);
+    length += wanted[i] * wanted[i];
+  }
+  CHECK(std::sqrt(off / length) < most);
+}
+
+// What is written stands added to what was there.
+template <class T>
+void check_adding(const Setting& setting, int m) {
+  const int64_t outputs = 3, inputs = 17, count = (m + 2) * (m + 2);
+  const auto transformed = random_array<T>(count * outputs * inputs),
+             before = random_array<T>(outputs * inputs * 9);
+  Array<T> alone(before.size()), added(before.size());
+  std::vector<double> wanted(before.size());
+  std::fill_n(alone.data(), alone.size(), T(0));
+  std::copy_n(before.data(), before.size(), added.data());
+  for (Array<T>* weight : {&alone, &added})
+    winograd_cpu<T>().weight_transposed({transformed.data(), outputs * inputs}, outputs, inputs, m,
+                                        weight->data(), setting.queues[0]);
+  for (int64_t i = 0; i < before.size(); ++i) wanted[i] = static_cast<double>(before[i]) + alone[i];
+  check_close("sum of weights", added, wanted);
 }
 
 // The first half of the images are values, the second their tangents.
@@ -220,6 +256,7 @@ void check_all(const Setting& setting) {
       check_dual<T>(setting, {{2, 20, 49, 50}, 33}, m, transposed);  // more than one block of tiles
     }
   }
+  for (const int m : {2, 4}) check_adding<T>(setting, m);
   check_columns<T>(setting, {2, 3, 5, 4, 1, 1, 32});
   check_columns<T>(setting, {1, 1, 1, 7, 3, 2, 9});
   for (const int64_t rows : {1, 2, 3, 4, 5, 6, 7, 13, 200})
@@ -235,5 +272,7 @@ int main(int argc, char** argv) {
   const ddpp::test::Setting setting = ddpp::test::setting(argc, argv);
   ddpp::test::check_all<float>(setting);
   ddpp::test::check_all<double>(setting);
+  ddpp::test::check_error<float>(setting, 2, 1e-6);
+  ddpp::test::check_error<float>(setting, 4, 3e-6);
   return 0;
 }

@@ -32,8 +32,8 @@ from ddpp.ops import norm_pool
 from ddpp.ops._library import define, ops, references
 
 TILES = (0, 2, 4)
-#: What the seconds of a compiled step go into.
-STAGES = (
+#: What the seconds of a compiled step go into, and its bytes.
+TIMES = (
     "layout of the first layer",
     "convolutions",
     "norm, activation, pooling",
@@ -41,6 +41,7 @@ STAGES = (
     "gradients of weights",
     "linear layer",
 )
+BYTES = ("planes", "transformed tiles", "transformed weights and gradients", "layout of the first layer", "parameters")
 _MICRO_PIXELS = 10 * 32 * 32  # at a time on the CPU: a ConvNet's first layer of width 128 is then 5 MB
 
 
@@ -87,7 +88,7 @@ def logits(architecture: Architecture, theta: Tensor, images: Tensor, classes: i
 
 
 def gradient(
-    architecture: Architecture, theta: Tensor, images: Tensor, targets: Tensor, seconds: Tensor | None = None
+    architecture: Architecture, theta: Tensor, images: Tensor, targets: Tensor, account: Tensor | None = None
 ) -> Tensor:
     """d/dtheta of the mean of -sum targets log_softmax(outputs).
 
@@ -95,13 +96,14 @@ def gradient(
         theta: flat, in ``parameters()`` order. [P]
         images: [n, C, H, W]
         targets: probabilities. [n, K]
-        seconds: what the stages of a compiled step took is added to it; float64, see :data:`STAGES`. [6]
+        account: takes the seconds of a compiled step, which are added, and its bytes; float64, in the order of
+            :data:`TIMES` and :data:`BYTES`. [11]
 
     Returns:
         [P]
     """
     result = torch.empty_like(theta)
-    architecture.call("convnet_gradient", theta, images, targets, outputs=[seconds, result])
+    architecture.call("convnet_gradient", theta, images, targets, outputs=[account, result])
     return result
 
 
@@ -111,18 +113,18 @@ def adjoint(
     tangent: Tensor,
     images: Tensor,
     targets: Tensor,
-    seconds: Tensor | None = None,
+    account: Tensor | None = None,
 ) -> StepAdjoint:
     """phi = <gradient(theta, images, targets), tangent> and its derivatives; that of labels by their logits.
 
     Args:
         tangent: [P]
-        theta, images, targets, seconds: as for :func:`gradient`.
+        theta, images, targets, account: as for :func:`gradient`.
     """
     found = StepAdjoint(
         theta.new_empty(()), torch.empty_like(theta), images.new_empty(images.shape), torch.empty_like(targets)
     )
-    outputs = [seconds, found.theta, found.images, found.labels, found.phi]
+    outputs = [account, found.theta, found.images, found.labels, found.phi]
     architecture.call("convnet_adjoint", theta, tangent, images, targets, outputs=outputs)
     return found
 
@@ -199,7 +201,7 @@ def _logits(
 
 
 @define(
-    f"convnet_gradient(Tensor theta, Tensor images, Tensor targets, {_ARCHITECTURE}, Tensor(a!)? seconds, "
+    f"convnet_gradient(Tensor theta, Tensor images, Tensor targets, {_ARCHITECTURE}, Tensor(a!)? account, "
     "Tensor(b!) gradient) -> ()"
 )
 def _gradient(
@@ -213,7 +215,7 @@ def _gradient(
     eps: float,
     m: int,
     parts: int,
-    seconds: Tensor | None,
+    account: Tensor | None,
     gradient: Tensor,
 ) -> None:
     size = images.shape[1], depth, filters, targets.shape[1]
@@ -233,16 +235,14 @@ def _gradient(
         for k in reversed(range(depth)):
             (weight, scale, shift), (x, y, statistics) = layers.blocks[k], seen.pop()
             back = norm_pool.norm_relu_pool_backward(grad, y, scale, shift, statistics)
-            grad, d_weight = _convolution_backward(
-                back.y, x, weight, _padding(k, pad_y, pad_x), of=(k > 0, True)
-            )
+            grad, d_weight = _convolution_backward(back.y, x, weight, _padding(k, pad_y, pad_x), of=(k > 0, True))
             for total, part in zip(sums.blocks[k], (d_weight, back.scale, back.shift), strict=True):
                 total.add_(part)
 
 
 @define(
     f"convnet_adjoint(Tensor theta, Tensor tangent, Tensor images, Tensor targets, {_ARCHITECTURE}, "
-    "Tensor(a!)? seconds, Tensor(b!) gradient, Tensor(c!) d_images, Tensor(d!) d_labels, Tensor(e!) phi) -> ()"
+    "Tensor(a!)? account, Tensor(b!) gradient, Tensor(c!) d_images, Tensor(d!) d_labels, Tensor(e!) phi) -> ()"
 )
 def _adjoint(
     theta: Tensor,
@@ -256,7 +256,7 @@ def _adjoint(
     eps: float,
     m: int,
     parts: int,
-    seconds: Tensor | None,
+    account: Tensor | None,
     gradient: Tensor,
     d_images: Tensor,
     d_labels: Tensor,
@@ -279,9 +279,7 @@ def _adjoint(
         grads = (by_value @ layers.weight).addmm_(by_tangent, tangents.weight), by_tangent @ layers.weight
         shape = dual[0].shape
         d_x.copy_(
-            _dual_backward(
-                (grads[0].view(shape), grads[1].view(shape)), layers, tangents, sums, seen, (pad_y, pad_x)
-            )
+            _dual_backward((grads[0].view(shape), grads[1].view(shape)), layers, tangents, sums, seen, (pad_y, pad_x))
         )
 
 
@@ -319,9 +317,7 @@ def _dual_backward(
     for k in reversed(range(len(layers.blocks))):
         (weight, scale, shift), along, (x, faces, statistics) = layers.blocks[k], tangents.blocks[k], seen.pop()
         padding = _padding(k, *pad)
-        back = norm_pool.norm_relu_pool_dual_backward(
-            *grads, *faces, scale, along[1], shift, statistics
-        )
+        back = norm_pool.norm_relu_pool_dual_backward(*grads, *faces, scale, along[1], shift, statistics)
         n = len(back.y)
         stacked = torch.cat([back.y, back.y_tangent]) if k else back.y  # the images' tangent is 0
         d_x, d_weight = _convolution_backward(stacked, x, weight, padding, of=(True, True))
