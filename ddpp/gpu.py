@@ -48,7 +48,7 @@ def cuda_graph(call: Call) -> tuple[tuple[Tensor | None, ...], Callable[[], None
 class _Recording:
     """One method on arguments of certain shapes: its own memory for arguments and results, and what computes them."""
 
-    step: Step  # its buffers are part of the graph
+    step: Step  # what it holds is part of the graph
     arguments: tuple[Tensor, ...]
     results: tuple[Tensor | None, ...]
     replay: Callable[[], None]
@@ -79,8 +79,7 @@ class GraphedStep:
     after a capture that failed, arguments of new shapes are computed without a graph.
 
     Args:
-        build: makes the step. Each graph has a step of its own: buffers that grew for a larger batch would leave an
-            older graph with memory that is no longer theirs.
+        build: makes the step. Each graph has a step of its own, so that none finds another's memory changed.
         capture: another way to capture and replay.
     """
 
