@@ -177,7 +177,7 @@ struct Block {
   }
 };
 
-// Into the L2 cache, while a block's last sweep computes.
+// Into the L2 cache, in a sweep that writes little.
 template <class V, class T>
 DDPP_INLINE void fetch(const T* from) {
   for (size_t k = 0; k < sizeof(V); k += 64)
@@ -233,6 +233,7 @@ void forward_block(const Block& block, const T* y, const T* scale, const T* shif
   Sum<V> sum, squares;
   block.sweep.pixels(
       [&](int64_t at) DDPP_LAMBDA {
+        fetch<V>(y + at + block.next_plane);
         const V d = V::load(y + at) - rough;
         sum.add(d);
         squares.add(d * d);
@@ -249,7 +250,6 @@ void forward_block(const Block& block, const T* y, const T* scale, const T* shif
       [&](int64_t at, int64_t pooled) DDPP_LAMBDA {
         V pool{};
         block.sweep.in_window(at, [&](int64_t pixel) DDPP_LAMBDA {
-          fetch<V>(y + pixel + block.next_plane);
           const V z = norm(norm.deviation(V::load(y + pixel)));
           pool = pool + where_active(z, z);
         });
@@ -271,6 +271,7 @@ void backward_block(const Block& block, const T* grad_out, const T* y, const T* 
       [&](int64_t at, int64_t pooled) DDPP_LAMBDA {
         V active{}, deviation{};
         block.sweep.in_window(at, [&](int64_t pixel) DDPP_LAMBDA {
+          fetch<V>(y + pixel + block.next_plane);
           const V d = norm.deviation(V::load(y + pixel)), z = norm(d);
           active = active + where_active(z, V::fill(1));
           deviation = deviation + where_active(z, d);
@@ -291,7 +292,6 @@ void backward_block(const Block& block, const T* grad_out, const T* y, const T* 
         fetch<V>(grad_out + pooled + block.next_pooled);
         const V grad = V::load(grad_out + pooled) * T(0.25) * norm.gain;
         block.sweep.in_window(at, [&](int64_t pixel) DDPP_LAMBDA {
-          fetch<V>(y + pixel + block.next_plane);
           const V d = norm.deviation(V::load(y + pixel));
           write(pixel, d, where_active(norm(d), grad));
         });
@@ -309,6 +309,7 @@ void dual_block(const Block& block, Dual<const T> y, Dual<const T> scale, Dual<c
   Sum<V> sum, squares, tangent_sum, products;
   block.sweep.pixels(
       [&](int64_t at) DDPP_LAMBDA {
+        fetch<V>(y.value + at + block.next_plane);
         const V d = V::load(y.value + at) - rough, t = V::load(y.tangent + at) - tangent_rough;
         sum.add(d);
         squares.add(d * d);
@@ -334,7 +335,6 @@ void dual_block(const Block& block, Dual<const T> y, Dual<const T> scale, Dual<c
       [&](int64_t at, int64_t pooled) DDPP_LAMBDA {
         V pool{}, tangent_pool{};
         block.sweep.in_window(at, [&](int64_t pixel) DDPP_LAMBDA {
-          fetch<V>(y.value + pixel + block.next_plane);
           fetch<V>(y.tangent + pixel + block.next_plane);
           const V d = norm.deviation(V::load(y.value + pixel)), z = norm(d);
           pool = pool + where_active(z, z);
@@ -363,6 +363,8 @@ void dual_backward_block(const Block& block, Dual<const T> grad_out, Dual<const 
       [&](int64_t at, int64_t pooled) DDPP_LAMBDA {
         V active{}, deviation{}, tangent_deviation{};
         block.sweep.in_window(at, [&](int64_t pixel) DDPP_LAMBDA {
+          fetch<V>(y.value + pixel + block.next_plane);
+          fetch<V>(y.tangent + pixel + block.next_plane);
           const V d = norm.deviation(V::load(y.value + pixel)), z = norm(d);
           active = active + where_active(z, V::fill(1));
           deviation = deviation + where_active(z, d);
@@ -400,8 +402,6 @@ void dual_backward_block(const Block& block, Dual<const T> grad_out, Dual<const 
                 v = V::load(grad_out.tangent + pooled) * T(0.25);
         const V grad = u * norm.gain + v * terms.v_gain, tangent_grad = v * norm.gain;
         block.sweep.in_window(at, [&](int64_t pixel) DDPP_LAMBDA {
-          fetch<V>(y.value + pixel + block.next_plane);
-          fetch<V>(y.tangent + pixel + block.next_plane);
           const V d = norm.deviation(V::load(y.value + pixel)), z = norm(d);
           write(pixel, d, where_active(z, grad), where_active(z, tangent_grad));
         });

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpp.ops._library import define, ops
+from ddpp.ops._library import define, function, ops
 
 MEAN, REST, RSTD, TANGENT_MEAN, TANGENT_REST, COVARIANCE = range(6)  # the rows of statistics
 STATISTICS, DUAL_STATISTICS = 3, 6
@@ -90,10 +90,9 @@ def norm_relu_pool(y: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-5, *
     _check(y, scale, shift, eps)
     if not fused:
         return F.avg_pool2d(F.relu(F.group_norm(y, y.shape[1], scale, shift, eps)), 2)
-    # torch.compile does not take a Function that has a jvp.
-    function = _NormReluPool if torch.compiler.is_compiling() else _NormReluPoolWithJvp
+    form = function(_NormReluPool, _NormReluPoolWithJvp, _NormReluPoolWithContext)
     channels_last = y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # vmap lacks contiguous(memory_format)
-    result: Tensor = function.apply(channels_last, scale, shift, eps)[0]
+    result: Tensor = form.apply(channels_last, scale, shift, eps)[0]
     return result
 
 
@@ -477,13 +476,19 @@ class _NormReluPool(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         y, scale, shift, ctx.eps = inputs
+        ctx.set_materialize_grads(False)  # statistics have none
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(y, scale, shift, output[1])
         ctx.save_for_forward(y, scale, shift)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: Any) -> Any:
-        return *_Backward.apply(grad_out, *ctx.saved_tensors, ctx.eps), None
+    def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> Any:
+        if grad_out is None:
+            return None, None, None, None
+        if torch.is_grad_enabled():
+            return *_Backward.apply(grad_out, *ctx.saved_tensors, ctx.eps), None
+        # A Function costs microseconds; nothing is recorded where gradients are off.
+        return *norm_relu_pool_backward(grad_out, *ctx.saved_tensors), None
 
 
 class _NormReluPoolWithJvp(_NormReluPool):
@@ -493,3 +498,16 @@ class _NormReluPoolWithJvp(_NormReluPool):
         for value, tangent in zip(ctx.saved_tensors, tangents, strict=False):
             pairs += [value, torch.zeros_like(value) if tangent is None else tangent]
         return _Tangent.apply(*pairs, ctx.eps)[0], None
+
+
+class _NormReluPoolWithContext(torch.autograd.Function):
+    """The same in the form that costs less; see :func:`ddpp.ops._library.function`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Any:
+        output = tuple(norm_relu_pool_forward(y, scale, shift, eps))
+        _NormReluPool.setup_context(ctx, (y, scale, shift, eps), output)
+        return output
+
+    backward = _NormReluPool.backward
+    jvp = _NormReluPoolWithJvp.jvp
