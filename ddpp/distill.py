@@ -288,7 +288,12 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     print(f"run folder: {folder}")
 
     began = time.perf_counter()
-    trajectories = _trajectories(config, dataset, network, device) if method_class.needs_teachers else []
+    try:
+        trajectories = _trajectories(config, dataset, network, device) if method_class.needs_teachers else []
+    except UserError:
+        if not args.resume:
+            runs.discard(folder)
+        raise
     teachers_seconds = time.perf_counter() - began
     if settings.labels == "soft" and not trajectories:
         first = synthetic.with_soft_labels(first, len(dataset.classes))

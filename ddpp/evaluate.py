@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
+import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -44,6 +46,7 @@ class Evaluation:
     Attributes:
         groups: of DSA, none for no augmentation.
         policy: one of :data:`ddpp.data.policies.POLICIES`, or None.
+        ledger: keeps what each network reached, so that an evaluation that was cut goes on.
     """
 
     def __init__(
@@ -53,16 +56,17 @@ class Evaluation:
         groups: tuple[str, ...],
         device: torch.device,
         progress: tqdm[NoReturn],
+        ledger: runs.Ledger,
         policy: str | None = None,
     ) -> None:
         self.config, self.dataset, self.groups, self.device, self.progress = config, dataset, groups, device, progress
-        self.policy = policy
+        self.ledger, self.policy = ledger, policy
 
     def augmented_by(self, name: str) -> Evaluation:
         """The same with another augmentation: ``none``, ``dsa`` or a policy."""
         groups = augment.parse_strategy(self.dataset.strategy) if name == "dsa" else ()
         policy = None if name in _WITHOUT_POLICY else name
-        return Evaluation(self.config, self.dataset, groups, self.device, self.progress, policy)
+        return Evaluation(self.config, self.dataset, groups, self.device, self.progress, self.ledger, policy)
 
     def network(self, model: str, images: Tensor, labels: Tensor, recipe: Recipe, *key: str | int) -> Scores:
         """Trains one network from scratch and tests it."""
@@ -90,12 +94,23 @@ class Evaluation:
         return Scores(self._accuracy(network, self.dataset.test_images, self.dataset.test_labels), held_out, finite)
 
     def networks(self, jobs: Sequence[tuple[Any, ...]]) -> list[Scores]:
-        """:meth:`network` for each of the arguments."""
-        found = []
-        for tested in training.side_by_side([partial(self.network, *job) for job in jobs], self.device):
+        """:meth:`network` for each of the arguments, or what the ledger has of it."""
+        found, parts = [], [self._part(*job) for job in jobs]
+        calls = [partial(self._kept_or_trained, part, job) for part, job in zip(parts, jobs, strict=True)]
+        for part, tested in zip(parts, training.side_by_side(calls, self.device), strict=True):
+            self.ledger.add(part, tested)
             found.append(tested)
             self.progress.update()
         return found
+
+    def _kept_or_trained(self, part: str, job: tuple[Any, ...]) -> Scores:
+        kept = self.ledger.get(part)
+        return self.network(*job) if kept is None else Scores(*kept)
+
+    def _part(self, model: str, images: Tensor, labels: Tensor, recipe: Recipe, *key: str | int) -> str:
+        """Names a network by all that it depends on beside the configuration."""
+        trained_on = [zlib.crc32(t.contiguous().cpu().numpy().data) for t in (images, labels)]
+        return json.dumps([model, *trained_on, asdict(recipe), self.policy, self.groups, *key])
 
     def random(self, model: str, ipc: int, recipe: Recipe) -> list[Scores]:
         """As many real images as there are synthetic ones, another random choice for each network."""
@@ -199,9 +214,12 @@ def compare(
     names = settings.models or (config.model.model,)
     sets = len(candidates) + 1 + bool(settings.full_epochs) + 2 * (settings.search_lr + len(settings.augmentations))
     trained = len(names) * (settings.networks * sets + settings.search_lr * len(RATES))
+    about = {"config": asdict(config), "data": dataset.fingerprint, "threads": torch.get_num_threads()}
+    ledger = runs.Ledger(folder / "evaluated.jsonl", about)
     with tqdm(total=trained, desc="evaluate", unit="network") as progress:
-        evaluation = Evaluation(config, dataset, groups, device, progress)
+        evaluation = Evaluation(config, dataset, groups, device, progress, ledger)
         tables = {model: _table(evaluation, model, candidates) for model in names}
+    ledger.close()
     protocol = {"select": settings.select, "networks": settings.networks, "ddof": 1, "epochs": settings.epochs}
     if settings.search_lr:
         protocol["searched_on"] = "held-out" if len(dataset.val_labels) else "test"

@@ -131,6 +131,45 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class Ledger:
+    """A file of JSON lines that holds what parts of a long computation gave, so that one that was cut goes on.
+
+    ``about`` tells one computation from another: a file that another one left is begun anew.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self.path, self._found = path, {}
+        head = {"about": json.loads(json.dumps(about))}
+        rows = read_log(path) if path.is_file() else []
+        if rows and rows[0] == head:
+            self._found = {row["part"]: row["found"] for row in rows[1:]}
+        lines = [head, *({"part": part, "found": found} for part, found in self._found.items())]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))  # without a line that was cut short
+
+    def get(self, part: str) -> Any:
+        """What a part gave, or None."""
+        return self._found.get(part)
+
+    def add(self, part: str, found: Any) -> None:
+        """Keeps what a part gave, unless that is kept already.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        if part in self._found:
+            return
+        self._found[part] = found
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"part": part, "found": found}) + "\n")
+        except OSError as e:
+            raise _unwritable(self.path, e) from e
+
+    def close(self) -> None:
+        """The computation is complete: nothing needs to be kept."""
+        self.path.unlink(missing_ok=True)
+
+
 class Interruption:
     """Within the block, Ctrl-C and SIGTERM set ``signal`` instead of ending the process; a second one ends it."""
 
@@ -184,6 +223,13 @@ def open_folder(path: Path, config: Config, *, resume: bool) -> Path:
         raise UserError(f"{path} exists and is not a run folder. Choose another --out.")
     write_text(saved, config.to_toml())
     return path
+
+
+def discard(folder: Path) -> None:
+    """Removes a run folder that holds no more than its configuration."""
+    if [entry.name for entry in folder.iterdir()] == ["config.toml"]:
+        (folder / "config.toml").unlink()
+        folder.rmdir()
 
 
 def check_same_run(path: Path, config: Config, but: Collection[str] = ()) -> None:

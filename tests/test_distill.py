@@ -300,3 +300,42 @@ def test_report_is_made_from_files_alone(finished: Path, capsys: pytest.CaptureF
     assert (finished / "images.png").read_bytes() == before
     assert report.main([str(finished / "snapshots")]) == 2
     assert "not finished" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_was_cut_goes_on(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks that are done are not trained again, and the figures are those of an evaluation that was not cut."""
+    argv = [str(finished), "--models", "convnet", "alexnet", "--networks", "2", "--epochs", "2", "--full-epochs", "1"]
+    argv += ["--augmentations", "none", "dsa", "--threads", "1"]
+    train, trained = evaluate.Evaluation.network, 0
+
+    def evaluated(most: int) -> bool:
+        """Whether it ended, and not at the network after ``most``."""
+        nonlocal trained
+        trained = 0
+
+        def counted(self: evaluate.Evaluation, *job: Any) -> evaluate.Scores:
+            nonlocal trained
+            if trained == most:
+                raise KeyboardInterrupt
+            trained += 1
+            return train(self, *job)
+
+        monkeypatch.setattr(evaluate.Evaluation, "network", counted)
+        return evaluate.main(argv) == 0
+
+    def figures() -> Any:
+        return json.loads((finished / "evaluation.json").read_text())["models"]
+
+    assert evaluated(most=10_000)
+    whole, needed = figures(), trained
+    assert not evaluated(most=9) and (finished / "evaluated.jsonl").exists()
+    assert evaluated(most=10_000) and trained == needed - 9
+    assert figures() == whole and not (finished / "evaluated.jsonl").exists()
+
+
+def test_a_run_whose_teachers_do_not_fit_leaves_no_folder(
+    teachers: Path, tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert distill.main([*TOY, "--width", "9", "--teachers-folder", str(teachers), "--out", str(out)]) == 2
+    assert str(teachers) in capsys.readouterr().err and not out.exists()

@@ -139,3 +139,27 @@ def test_draws_depend_on_seed_and_place_alone() -> None:
     assert torch.equal(first, torch.rand(3, generator=seeds.generator(1, "a", 2)))
     assert not torch.equal(first, torch.rand(3, generator=seeds.generator(1, "a", 3)))
     assert not torch.equal(first, torch.rand(3, generator=seeds.generator(2, "a", 2)))
+
+
+def test_a_ledger_goes_on_where_it_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = runs.Ledger(path, {"seed": 1, "groups": ("a", "b")})
+    ledger.add("first", [1.5, None])
+    ledger.add("first", [2.5, None])  # what is kept stays
+    with open(path, "a") as file:
+        file.write('{"part": "second", "fou')  # a line cut short
+    again = runs.Ledger(path, {"seed": 1, "groups": ("a", "b")})
+    assert again.get("first") == [1.5, None] and again.get("second") is None
+    again.add("second", 2)
+    assert runs.Ledger(path, {"seed": 1, "groups": ("a", "b")}).get("second") == 2
+
+
+def test_a_ledger_of_another_computation_is_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    runs.Ledger(path, {"seed": 1}).add("first", 1)
+    other = runs.Ledger(path, {"seed": 2})
+    assert other.get("first") is None
+    other.add("first", 3)
+    assert runs.Ledger(path, {"seed": 2}).get("first") == 3
+    other.close()
+    assert not path.exists()
