@@ -111,7 +111,12 @@ def test_derivative_beyond_the_last_raises(row: Row, backend: Backend) -> None:
 def test_plain_torch_has_a_second_derivative(row: Row) -> None:
     x, constants = row.case(row.small, torch.float64)
     x.requires_grad_()
-    assert torch.autograd.gradgradcheck(lambda x: row.value(x, constants, fused=False), (x,))
+    try:
+        assert torch.autograd.gradgradcheck(lambda x: row.value(x, constants, fused=False), (x,))
+    except RuntimeError as error:
+        if "derivative for aten::grid_sampler_2d_backward is not implemented" not in str(error):
+            raise
+        pytest.skip(f"torch {torch.__version__} differentiates its resampling once")
 
 
 @each_dtype

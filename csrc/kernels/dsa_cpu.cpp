@@ -5,6 +5,12 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <type_traits>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "kernels/dsa_plan.h"
 #include "kernels/isa_target.h"
@@ -150,6 +156,163 @@ struct Axis {
   }
 };
 
+// Whether an input pixel reaches no more than kTaps output pixels on each axis, as it does in every drawn
+// plan.
+template <class T>
+bool separable(const Linear<T>& scale) {
+  return std::min(std::abs(scale.xx), std::abs(scale.yy)) > T(0.7);
+}
+
+// run(row_taps, column_taps). Where a transposed scaling does not shrink the distances between sample points
+// below a pixel, two taps do.
+template <class T, class Run>
+void with_taps(const Linear<T>& scale, bool transpose, const Run& run) {
+  using Two = std::integral_constant<int, 2>;
+  using All = std::integral_constant<int, kTaps>;
+  const bool two_rows = !transpose || std::abs(scale.yy) >= 1;
+  const bool two_columns = !transpose || std::abs(scale.xx) >= 1;
+  if (two_rows) {
+    two_columns ? run(Two(), Two()) : run(Two(), All());
+  } else {
+    two_columns ? run(All(), Two()) : run(All(), All());
+  }
+}
+
+#if defined(DDPP_ISA_avx512)
+// Resampling of narrow planes, channel by channel: a row is two registers, and its taps are a permutation of
+// them. The arithmetic is that of Resampler, operation by operation.
+template <int channels>
+class NarrowResampler {
+ public:
+  static constexpr int kWidest = 32;
+
+  explicit NarrowResampler(const ImageBatch& image)
+      : image_(image), vertical_(image.height), horizontal_(image.width) {
+    for (int half = 0; half < 2; ++half) {
+      const int left = std::min(16, std::max(0, image.width - 16 * half));
+      held_[half] = static_cast<__mmask16>((1u << left) - 1);
+    }
+  }
+
+  void scale(const float* from, const Linear<float>& scale, bool transpose, float* to) {
+    horizontal_.set(scale.xx, transpose);
+    vertical_.set(scale.yy, transpose);
+    with_taps(scale, transpose, [&](auto rows, auto columns) {
+      apply_axes<decltype(rows)::value, decltype(columns)::value>(from, to);
+    });
+  }
+
+  void rotate(const float* from, const Linear<float>& map, float* to) const {
+    for (int y = 0; y < image_.height; ++y)
+      for (int half = 0; half < 2; ++half)
+        if (held_[half]) gather(from, map, y, half, to);
+  }
+
+ private:
+  using Values = float __attribute__((vector_size(64)));
+  using Whole = int __attribute__((vector_size(64)));
+
+  struct Row {
+    Values half[2];
+  };
+
+  // Zeros outside of the plane.
+  Row row(const float* plane, int y) const {
+    if (y < 0 || y >= image_.height) return {};
+    const float* from = plane + y * image_.width;
+    return {{_mm512_maskz_loadu_ps(held_[0], from), _mm512_maskz_loadu_ps(held_[1], from + 16)}};
+  }
+
+  // Of 16 values that a row is asked for where they are, and which of them it has.
+  struct Taps {
+    Taps() = default;
+    explicit Taps(Whole at)
+        : at(at), inside(_mm512_cmplt_epu32_mask((__m512i)at, _mm512_set1_epi32(kWidest))) {}
+    Values of(const Row& row) const {
+      return _mm512_maskz_permutex2var_ps(inside, row.half[0], (__m512i)at, row.half[1]);
+    }
+    Whole at;
+    __mmask16 inside;
+  };
+
+  template <int row_taps, int column_taps>
+  void apply_axes(const float* from, float* to) const {
+    Taps taps[2][column_taps];
+    Values shares[2][column_taps];
+    for (int half = 0; half < 2; ++half)
+      for (int t = 0; t < column_taps; ++t) {
+        const Whole first = (Whole)_mm512_maskz_loadu_epi32(held_[half], horizontal_.tap.get() + 16 * half);
+        taps[half][t] = Taps(first + (t - 1));
+        shares[half][t] = _mm512_maskz_loadu_ps(held_[half], horizontal_.weight(t) + 16 * half);
+      }
+    const int size = image_.height * image_.width;
+    for (int c = 0; c < channels; ++c, from += size)
+      for (int y = 0; y < image_.height; ++y, to += image_.width) {
+        Row blend;
+        for (int t = 0; t < row_taps; ++t) {
+          const Row tap = row(from, vertical_.tap[y] + t - 1);
+          const float share = vertical_.weight(t)[y];
+          for (int half = 0; half < 2; ++half) {
+            const Values part = share * tap.half[half];
+            blend.half[half] = t ? blend.half[half] + part : part;
+          }
+        }
+        for (int half = 0; half < 2; ++half) {
+          Values value = shares[half][0] * taps[half][0].of(blend);
+          for (int t = 1; t < column_taps; ++t) value += shares[half][t] * taps[half][t].of(blend);
+          _mm512_mask_storeu_ps(to + 16 * half, held_[half], value);
+        }
+      }
+  }
+
+  // locate() for 16 coordinates
+  static Whole locate(Values x, int size, Values* weight) {
+    const Values low = Values{} - 1, high = Values{} + static_cast<float>(size);
+    const Values above = x > low ? x : low, inside = (above < high ? above : high) + 1;
+    const Whole tap = __builtin_convertvector(inside, Whole);
+    *weight = inside - __builtin_convertvector(tap, Values);
+    return tap;
+  }
+
+  static Values lerp(Values from, Values to, Values share) { return from + share * (to - from); }
+
+  // 16 pixels of row y. Their taps lie on a slope: row by row, each pixel takes those it has there.
+  void gather(const float* from, const Linear<float>& map, int y, int half, float* to) const {
+    const float cy = static_cast<float>(image_.height - 1) / 2, cx = static_cast<float>(image_.width - 1) / 2;
+    const float v = static_cast<float>(y) - cy, x0 = map.xy * v + cx, y0 = map.yy * v + cy;
+    const Whole x = Whole{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + 16 * half;
+    const Values u = __builtin_convertvector(x, Values) - cx;
+    Values right, below;
+    const Whole column = locate(map.xx * u + x0, image_.width, &right);
+    const Whole above = locate(map.yx * u + y0, image_.height, &below);
+    const Taps left_taps(column - 1), right_taps(column);
+    const int begin = above[0], end = above[std::min(15, image_.width - 16 * half - 1)];  // a slope
+    const int first = std::max(1, std::min(begin, end)),
+              last = std::min(image_.height, std::max(begin, end) + 1);
+    const int size = image_.height * image_.width;
+    Values corner[channels][2][2] = {};  // above and below; left and right
+    for (int tap = first; tap <= last; ++tap) {
+      const Whole here[2] = {above == tap, above == tap - 1};
+      for (int c = 0; c < channels; ++c) {
+        const Row source = row(from + c * size, tap - 1);
+        const Values taps[2] = {left_taps.of(source), right_taps.of(source)};
+        for (int k = 0; k < 4; ++k)
+          corner[c][k / 2][k % 2] = here[k / 2] ? taps[k % 2] : corner[c][k / 2][k % 2];
+      }
+    }
+    for (int c = 0; c < channels; ++c) {
+      const auto& [top, bottom] = corner[c];
+      const Values value = lerp(lerp(top[0], bottom[0], below), lerp(top[1], bottom[1], below), right);
+      _mm512_mask_storeu_ps(to + c * size + y * image_.width + 16 * half, held_[half], value);
+    }
+  }
+
+  const ImageBatch image_;
+  Axis<float> vertical_, horizontal_;
+  __mmask16 held_[2];  // which values of the two registers a row has
+};
+#endif
+
 template <class T, int channels>
 class Resampler {
  public:
@@ -173,9 +336,6 @@ class Resampler {
     for (int x = 0; x < width_; ++x) columns_[x] = static_cast<T>(x) - static_cast<T>(width_ - 1) / 2;
   }
 
-  // p: the row of the plan
-  static bool on(const float* p) { return make_scale<T>(p).on() || make_rotation<T>(p, 2, 2).on(); }
-
   void augment(const T* from, const float* p, T* to) {
     const Linear<T> scale = make_scale<T>(p), rotation = make_rotation<T>(p, height_, width_);
     const Color color = make_color(p, false);
@@ -187,11 +347,17 @@ class Resampler {
     moved.mirror ? pack<true>(from, moved) : pack<false>(from, moved);
     if (scale.on()) {
       if (separable(scale))
-        apply_axes<2, 2>(scale, false);
+        apply_axes(scale, false);
       else
         gather(scale);
     }
     if (rotation.on()) gather(rotation);
+    unpack(to, Move{});
+  }
+
+  void rotate_transposed(const T* from, const Linear<T>& rotation, T* to) {
+    pack<false>(from, Move{});
+    scatter(rotation);
     unpack(to, Move{});
   }
 
@@ -202,7 +368,7 @@ class Resampler {
     if (rotation.on()) scatter(rotation);
     if (scale.on()) {
       if (separable(scale))
-        apply_transposed_axes(scale);
+        apply_axes(scale, true);
       else
         scatter(scale);
     }
@@ -212,12 +378,6 @@ class Resampler {
   }
 
  private:
-  // Whether an input pixel reaches no more than kTaps output pixels on each axis, as it does in every drawn
-  // plan.
-  static bool separable(const Linear<T>& scale) {
-    return std::min(std::abs(scale.xx), std::abs(scale.yy)) > T(0.7);
-  }
-
   Pixel* inner_row(Pixel* image, int y) const { return image + (y + 1) * pitch_ + 1; }
 
   template <bool mirror>
@@ -307,20 +467,16 @@ class Resampler {
     }
   }
 
-  // Where a scaling does not shrink the distances between sample points below a pixel, two taps do.
-  void apply_transposed_axes(const Linear<T>& scale) {
-    const bool two_rows = std::abs(scale.yy) >= 1, two_columns = std::abs(scale.xx) >= 1;
-    if (two_rows) {
-      two_columns ? apply_axes<2, 2>(scale, true) : apply_axes<2, kTaps>(scale, true);
-    } else {
-      two_columns ? apply_axes<kTaps, 2>(scale, true) : apply_axes<kTaps, kTaps>(scale, true);
-    }
-  }
-
-  template <int row_taps, int column_taps>
   void apply_axes(const Linear<T>& scale, bool transpose) {
     horizontal_.set(scale.xx, transpose);
     vertical_.set(scale.yy, transpose);
+    with_taps(scale, transpose, [&](auto rows, auto columns) {
+      apply_axes<decltype(rows)::value, decltype(columns)::value>();
+    });
+  }
+
+  template <int row_taps, int column_taps>
+  void apply_axes() {
     for (int y = 0; y < height_; ++y) {
       const T* __restrict source = reinterpret_cast<const T*>(front_.get() + vertical_.tap[y] * pitch_ + 1);
       T* __restrict blend = reinterpret_cast<T*>(row_.get() + 1);
@@ -457,36 +613,60 @@ class Resampler {
 
 // ---- the stages in turn, image by image ----
 
-// One task's buffers. Of the two stages without resampling, the first one writes the buffer and the last one
-// `to`.
+// One task's buffers. The last stage writes `to`, those before it the buffers in turn.
 template <class T, int channels>
 class Chain {
  public:
   explicit Chain(const ImageBatch& image)
       : image_(image),
         size_(image.height * image.width),
-        buffer_(new T[static_cast<size_t>(channels) * size_]) {}
+        buffer_(new T[static_cast<size_t>(channels) * size_]),
+        other_(new T[static_cast<size_t>(channels) * size_]) {}
 
   void augment(const T* from, const float* p, T* to) {
-    if (resamples(p)) return resampler().augment(from, p, to);
+    const Linear<T> scale = make_scale<T>(p), rotation = make_rotation<T>(p, image_.height, image_.width);
+    const bool resamples = scale.on() || rotation.on();
+    if (resamples && !is_narrow(scale)) return resampler().augment(from, p, to);
     const Color color = make_color(p, false);
     const Move moved = make_move(p, image_.height, image_.width, false);
-    start(from, to, color.on() + moved.on());
+    start(from, to, color.on() + moved.on() + scale.on() + rotation.on());
     if (color.on()) stage([&](const T* x, T* y) { recolor<T, channels>(x, y, size_, color); });
     if (moved.on()) stage([&](const T* x, T* y) { move(x, y, image_, moved); });
+#if defined(DDPP_ISA_avx512)
+    if constexpr (std::is_same_v<T, float>) {
+      if (scale.on()) stage([&](const T* x, T* y) { narrow().scale(x, scale, false, y); });
+      if (rotation.on()) stage([&](const T* x, T* y) { narrow().rotate(x, rotation, y); });
+    }
+#endif
   }
 
   void adjoint(const T* from, const float* p, T* to) {
-    if (resamples(p)) return resampler().adjoint(from, p, to);
+    const Linear<T> scale = make_scale<T>(p), rotation = make_rotation<T>(p, image_.height, image_.width);
+    const bool resamples = scale.on() || rotation.on();
+    if (resamples && !(scale.on() && is_narrow(scale))) return resampler().adjoint(from, p, to);
     const Color color = make_color(p, true);
     const Move moved = make_move(p, image_.height, image_.width, true);
-    start(from, to, color.on() + moved.on());
+    start(from, to, color.on() + moved.on() + scale.on() + rotation.on());
+#if defined(DDPP_ISA_avx512)
+    if constexpr (std::is_same_v<T, float>) {
+      if (rotation.on()) stage([&](const T* x, T* y) { resampler().rotate_transposed(x, rotation, y); });
+      if (scale.on()) stage([&](const T* x, T* y) { narrow().scale(x, scale, true, y); });
+    }
+#endif
     if (moved.on()) stage([&](const T* x, T* y) { move(x, y, image_, moved); });
     if (color.on()) stage([&](const T* x, T* y) { recolor<T, channels>(x, y, size_, color); });
   }
 
  private:
-  static bool resamples(const float* p) { return Resampler<T, channels>::on(p); }
+  // Whether the planes are resampled row by row.
+  bool is_narrow(const Linear<T>& scale) const {
+#if defined(DDPP_ISA_avx512)
+    return std::is_same_v<T, float> && image_.width <= NarrowResampler<channels>::kWidest && separable(scale);
+#else
+    (void)scale;
+    return false;
+#endif
+  }
 
   void start(const T* from, T* to, int stages) {
     from_ = from;
@@ -500,6 +680,7 @@ class Chain {
     T* out = --left_ == 0 ? to_ : buffer_.get();
     apply(from_, out);
     from_ = out;
+    buffer_.swap(other_);
   }
 
   Resampler<T, channels>& resampler() {
@@ -507,9 +688,17 @@ class Chain {
     return *resampler_;
   }
 
+#if defined(DDPP_ISA_avx512)
+  NarrowResampler<channels>& narrow() {
+    if (!narrow_) narrow_.emplace(image_);
+    return *narrow_;
+  }
+  std::optional<NarrowResampler<channels>> narrow_;
+#endif
+
   const ImageBatch image_;
   const int size_;
-  const std::unique_ptr<T[]> buffer_;
+  std::unique_ptr<T[]> buffer_, other_;
   std::optional<Resampler<T, channels>> resampler_;
   const T* from_;
   T* to_;

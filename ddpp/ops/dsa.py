@@ -65,7 +65,7 @@ def dsa_augment(images: Tensor, plan: Tensor, *, fused: bool = True) -> Tensor:
         images: float32 or float64, with 1 or 3 channels (any number with ``fused=False``). [N, C, H, W]
         plan: float32, on the device of the images. [N, 16]
         fused: one launch of the compiled kernel where there is one; False is plain PyTorch, which autograd
-            differentiates any number of times.
+            differentiates any number of times (torch 2.11 its resampling once).
 
     Returns:
         The augmented images, in new memory and contiguous. [N, C, H, W]
