@@ -179,14 +179,14 @@ void with_taps(const Linear<T>& scale, bool transpose, const Run& run) {
 }
 
 #if defined(DDPP_ISA_avx512)
-// Resampling of narrow planes, channel by channel: a row is two registers, and its taps are a permutation of
+// Scaling of narrow planes, channel by channel: a row is two registers, and its taps are a permutation of
 // them. The arithmetic is that of Resampler, operation by operation.
 template <int channels>
-class NarrowResampler {
+class NarrowScaling {
  public:
   static constexpr int kWidest = 32;
 
-  explicit NarrowResampler(const ImageBatch& image)
+  explicit NarrowScaling(const ImageBatch& image)
       : image_(image), vertical_(image.height), horizontal_(image.width) {
     for (int half = 0; half < 2; ++half) {
       const int left = std::min(16, std::max(0, image.width - 16 * half));
@@ -194,18 +194,12 @@ class NarrowResampler {
     }
   }
 
-  void scale(const float* from, const Linear<float>& scale, bool transpose, float* to) {
+  void apply(const float* from, const Linear<float>& scale, bool transpose, float* to) {
     horizontal_.set(scale.xx, transpose);
     vertical_.set(scale.yy, transpose);
     with_taps(scale, transpose, [&](auto rows, auto columns) {
       apply_axes<decltype(rows)::value, decltype(columns)::value>(from, to);
     });
-  }
-
-  void rotate(const float* from, const Linear<float>& map, float* to) const {
-    for (int y = 0; y < image_.height; ++y)
-      for (int half = 0; half < 2; ++half)
-        if (held_[half]) gather(from, map, y, half, to);
   }
 
  private:
@@ -265,48 +259,6 @@ class NarrowResampler {
       }
   }
 
-  // locate() for 16 coordinates
-  static Whole locate(Values x, int size, Values* weight) {
-    const Values low = Values{} - 1, high = Values{} + static_cast<float>(size);
-    const Values above = x > low ? x : low, inside = (above < high ? above : high) + 1;
-    const Whole tap = __builtin_convertvector(inside, Whole);
-    *weight = inside - __builtin_convertvector(tap, Values);
-    return tap;
-  }
-
-  static Values lerp(Values from, Values to, Values share) { return from + share * (to - from); }
-
-  // 16 pixels of row y. Their taps lie on a slope: row by row, each pixel takes those it has there.
-  void gather(const float* from, const Linear<float>& map, int y, int half, float* to) const {
-    const float cy = static_cast<float>(image_.height - 1) / 2, cx = static_cast<float>(image_.width - 1) / 2;
-    const float v = static_cast<float>(y) - cy, x0 = map.xy * v + cx, y0 = map.yy * v + cy;
-    const Whole x = Whole{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + 16 * half;
-    const Values u = __builtin_convertvector(x, Values) - cx;
-    Values right, below;
-    const Whole column = locate(map.xx * u + x0, image_.width, &right);
-    const Whole above = locate(map.yx * u + y0, image_.height, &below);
-    const Taps left_taps(column - 1), right_taps(column);
-    const int begin = above[0], end = above[std::min(15, image_.width - 16 * half - 1)];  // a slope
-    const int first = std::max(1, std::min(begin, end)),
-              last = std::min(image_.height, std::max(begin, end) + 1);
-    const int size = image_.height * image_.width;
-    Values corner[channels][2][2] = {};  // above and below; left and right
-    for (int tap = first; tap <= last; ++tap) {
-      const Whole here[2] = {above == tap, above == tap - 1};
-      for (int c = 0; c < channels; ++c) {
-        const Row source = row(from + c * size, tap - 1);
-        const Values taps[2] = {left_taps.of(source), right_taps.of(source)};
-        for (int k = 0; k < 4; ++k)
-          corner[c][k / 2][k % 2] = here[k / 2] ? taps[k % 2] : corner[c][k / 2][k % 2];
-      }
-    }
-    for (int c = 0; c < channels; ++c) {
-      const auto& [top, bottom] = corner[c];
-      const Values value = lerp(lerp(top[0], bottom[0], below), lerp(top[1], bottom[1], below), right);
-      _mm512_mask_storeu_ps(to + c * size + y * image_.width + 16 * half, held_[half], value);
-    }
-  }
-
   const ImageBatch image_;
   Axis<float> vertical_, horizontal_;
   __mmask16 held_[2];  // which values of the two registers a row has
@@ -355,9 +307,9 @@ class Resampler {
     unpack(to, Move{});
   }
 
-  void rotate_transposed(const T* from, const Linear<T>& rotation, T* to) {
+  void rotate(const T* from, const Linear<T>& rotation, bool transpose, T* to) {
     pack<false>(from, Move{});
-    scatter(rotation);
+    transpose ? scatter(rotation) : gather(rotation);
     unpack(to, Move{});
   }
 
@@ -625,8 +577,7 @@ class Chain {
 
   void augment(const T* from, const float* p, T* to) {
     const Linear<T> scale = make_scale<T>(p), rotation = make_rotation<T>(p, image_.height, image_.width);
-    const bool resamples = scale.on() || rotation.on();
-    if (resamples && !is_narrow(scale)) return resampler().augment(from, p, to);
+    if (!scales_alone(scale) && (scale.on() || rotation.on())) return resampler().augment(from, p, to);
     const Color color = make_color(p, false);
     const Move moved = make_move(p, image_.height, image_.width, false);
     start(from, to, color.on() + moved.on() + scale.on() + rotation.on());
@@ -634,23 +585,22 @@ class Chain {
     if (moved.on()) stage([&](const T* x, T* y) { move(x, y, image_, moved); });
 #if defined(DDPP_ISA_avx512)
     if constexpr (std::is_same_v<T, float>) {
-      if (scale.on()) stage([&](const T* x, T* y) { narrow().scale(x, scale, false, y); });
-      if (rotation.on()) stage([&](const T* x, T* y) { narrow().rotate(x, rotation, y); });
+      if (scale.on()) stage([&](const T* x, T* y) { narrow().apply(x, scale, false, y); });
+      if (rotation.on()) stage([&](const T* x, T* y) { resampler().rotate(x, rotation, false, y); });
     }
 #endif
   }
 
   void adjoint(const T* from, const float* p, T* to) {
     const Linear<T> scale = make_scale<T>(p), rotation = make_rotation<T>(p, image_.height, image_.width);
-    const bool resamples = scale.on() || rotation.on();
-    if (resamples && !(scale.on() && is_narrow(scale))) return resampler().adjoint(from, p, to);
+    if (!scales_alone(scale) && (scale.on() || rotation.on())) return resampler().adjoint(from, p, to);
     const Color color = make_color(p, true);
     const Move moved = make_move(p, image_.height, image_.width, true);
     start(from, to, color.on() + moved.on() + scale.on() + rotation.on());
 #if defined(DDPP_ISA_avx512)
     if constexpr (std::is_same_v<T, float>) {
-      if (rotation.on()) stage([&](const T* x, T* y) { resampler().rotate_transposed(x, rotation, y); });
-      if (scale.on()) stage([&](const T* x, T* y) { narrow().scale(x, scale, true, y); });
+      if (rotation.on()) stage([&](const T* x, T* y) { resampler().rotate(x, rotation, true, y); });
+      if (scale.on()) stage([&](const T* x, T* y) { narrow().apply(x, scale, true, y); });
     }
 #endif
     if (moved.on()) stage([&](const T* x, T* y) { move(x, y, image_, moved); });
@@ -658,10 +608,12 @@ class Chain {
   }
 
  private:
-  // Whether the planes are resampled row by row.
-  bool is_narrow(const Linear<T>& scale) const {
+  // Whether the scaling is a stage of its own; all other resampling is the Resampler's, with what comes
+  // before.
+  bool scales_alone(const Linear<T>& scale) const {
 #if defined(DDPP_ISA_avx512)
-    return std::is_same_v<T, float> && image_.width <= NarrowResampler<channels>::kWidest && separable(scale);
+    return std::is_same_v<T, float> && scale.on() && image_.width <= NarrowScaling<channels>::kWidest &&
+           separable(scale);
 #else
     (void)scale;
     return false;
@@ -689,11 +641,11 @@ class Chain {
   }
 
 #if defined(DDPP_ISA_avx512)
-  NarrowResampler<channels>& narrow() {
+  NarrowScaling<channels>& narrow() {
     if (!narrow_) narrow_.emplace(image_);
     return *narrow_;
   }
-  std::optional<NarrowResampler<channels>> narrow_;
+  std::optional<NarrowScaling<channels>> narrow_;
 #endif
 
   const ImageBatch image_;
