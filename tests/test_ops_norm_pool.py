@@ -116,8 +116,10 @@ class Example:
         def function(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
             return norm_relu_pool(y, scale, shift, fused=False)
 
-        point = tuple(v.clone().requires_grad_() for v in (self.y, self.scale, self.shift))
-        y_tangent = self.y_tangent.clone().requires_grad_()
+        # torch 2.11 has no forward mode of its group norm for planes that are channels last
+        y, y_tangent = (v.clone(memory_format=torch.contiguous_format) for v in (self.y, self.y_tangent))
+        point = tuple(v.clone().requires_grad_() for v in (y, self.scale, self.shift))
+        y_tangent.requires_grad_()
         tangents = y_tangent, self.scale_tangent, self.shift_tangent
         out = function(*point)
         backward = torch.autograd.grad(out, point, self.grad_out)
