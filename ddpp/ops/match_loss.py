@@ -140,11 +140,14 @@ class _MatchLoss(torch.autograd.Function):
         student, target, _, ctx.epsilon = inputs
         _, kept, denominator = output
         ctx.mark_non_differentiable(kept, denominator)
+        ctx.set_materialize_grads(False)  # these two have none
         ctx.save_for_backward(student, target, denominator)
         ctx.save_for_forward(student, target, denominator)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None, None]:
+        if grad is None:
+            return None, None, None, None
         student, target, denominator = ctx.saved_tensors
         # Where no graph is recorded nobody can differentiate the gradient; a Function costs microseconds.
         gradient = _Gradient.apply if torch.is_grad_enabled() else ops().match_loss_backward.default
