@@ -89,7 +89,7 @@ struct Block {
   Matrices<T> tiles;  // of the convolution's input; none in the first block
 };
 
-// Some of the images, `at a time` as many as stay in the caches.
+// Some of the images; as many at a time as stay in the caches.
 template <class T>
 class Part {
  public:
@@ -184,7 +184,8 @@ class Part {
     const int64_t rows = size_.depth > 1 ? planes(1).tiles(step_.m) : 0;
     grads_.stride = rows * c + kApart;
     sum_.stride = weights_[0].stride = weights_[1].stride = stride;
-    T* const memory = memory_.take(kStagesBytes, stages() * (stride + std::max(stride, grads_.stride)));
+    const int64_t second = step_.tangent ? std::max(stride, grads_.stride) : grads_.stride;
+    T* const memory = memory_.take(kStagesBytes, stages() * (stride + second));
     sum_.data = weights_[0].data = memory;
     grads_.data = weights_[1].data = memory + stages() * stride;
   }
