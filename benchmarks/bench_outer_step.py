@@ -4,7 +4,7 @@ The reference keeps the graph of all J steps in plain PyTorch (GroupNorm, avg_po
 do. Interleaved rounds of all sides in one process, then the memory of one step in fresh processes:
 
     python benchmarks/bench_outer_step.py [--threads 2] [--rounds 5] [--keep-pages] [--sides SIDE ...]
-    python benchmarks/bench_outer_step.py --errors 10
+    python benchmarks/bench_outer_step.py --errors 10 [--sides SIDE ...]
 
 Memory is the peak of the resident set above that at the start of the step, everything included.
 """
@@ -111,9 +111,9 @@ def seconds(case: Case, rounds: int, names: Sequence[str] = tuple(SIDES)) -> dic
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def errors(case: Case, seeds: int) -> dict[str, list[float]]:
+def errors(case: Case, seeds: int, names: Sequence[str] = tuple(SIDES)) -> dict[str, list[float]]:
     """For each side and seed how far its float32 gradient of the images is from float64, as a part of its length."""
-    found: dict[str, list[float]] = {name: [] for name in (REFERENCE, *SIDES)}
+    found: dict[str, list[float]] = {name: [] for name in (REFERENCE, *names)}
     for seed in range(seeds):
         problem = case.problem(seed)
         double = {k: _double(v) for k, v in problem.items()}
@@ -130,9 +130,9 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
 
 
-def _print_errors(seeds: int) -> None:
+def _print_errors(seeds: int, names: Sequence[str]) -> None:
     print("| float32 against float64, IPC 1, J = 10 | median | worst |\n|---|---|---|")
-    for name, values in errors(LONGER["IPC 1, J = 10"], seeds).items():
+    for name, values in errors(LONGER["IPC 1, J = 10"], seeds, names).items():
         print(f"| {name} | {statistics.median(values):.2e} | {max(values):.2e} |")
 
 
@@ -183,14 +183,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="times of these alone")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="times or errors of these alone")
     parser.add_argument("--keep-pages", action="store_true", help="malloc keeps its pages, for all sides")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "SIDE"), help="print the memory of one step and end")
     parser.add_argument("--errors", type=int, metavar="SEEDS", help="print how far float32 is from float64, and end")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.errors:
-        _print_errors(args.errors)
+        _print_errors(args.errors, args.sides)
         return
     if args.peak:
         print(peak_here(*args.peak))
