@@ -31,6 +31,7 @@ from ddpp.errors import UserError, nearest
 from ddpp.gpu import GraphedStep
 from ddpp.models import Network, flat
 from ddpp.ops import dsa_augment, masked_match_loss, norm_relu_pool
+from ddpp.ops.convnet import TILES
 from ddpp.pruning import Distance
 
 
@@ -124,7 +125,7 @@ def provider(network: nn.Module, name: str = "auto", *, tile: int = 2, graphs: b
     """
     if name not in PROVIDERS:
         raise UserError(f"unknown provider {name!r}{nearest(name, PROVIDERS)} Known: {', '.join(PROVIDERS)}")
-    if tile not in (0, 2, 4):
+    if tile not in TILES:
         raise UserError(f"tile must be 2, 4, or 0 for no Winograd convolution, got {tile}")
     suits = ConvNetStep.suits(network)
     if name == "dual" and not suits:

@@ -53,6 +53,19 @@ void by_dtype(const Tensor& t, const Run& run) {
   t.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }
 
+// What every face of a step needs.
+template <class T>
+ConvNetStep<T> step_on(const ConvNetSize& size, int64_t m, int64_t parts, const Tensor& theta,
+                       const Tensor& images) {
+  ConvNetStep<T> step{};
+  step.size = size;
+  step.m = static_cast<int>(m);
+  step.parts = parts;
+  step.theta = theta.const_data_ptr<T>();
+  step.images = images.const_data_ptr<T>();
+  return step;
+}
+
 void logits_op(const Tensor& theta, const Tensor& images, int64_t pad_y, int64_t pad_x, int64_t depth,
                int64_t filters, double eps, int64_t m, int64_t parts, Tensor logits) {
   if (logits.dim() != 2) fail("ddpp: logits must be [N, K], got ", shape(logits));
@@ -61,13 +74,8 @@ void logits_op(const Tensor& theta, const Tensor& images, int64_t pad_y, int64_t
   check_size("logits", logits, {size.n, size.classes}, theta);
   by_dtype(theta, [&](auto t) {
     using T = decltype(t);
-    ConvNetStep<T> step{};
-    step.size = size;
-    step.m = static_cast<int>(m);
-    step.parts = parts;
-    step.theta = theta.const_data_ptr<T>();
-    step.images = images.const_data_ptr<T>();
-    convnet_cpu<T>().logits(step, logits.mutable_data_ptr<T>(), Device(theta).queue);
+    convnet_cpu<T>().logits(step_on<T>(size, m, parts, theta, images), logits.mutable_data_ptr<T>(),
+                            Device(theta).queue);
   });
 }
 
@@ -90,12 +98,7 @@ void step_op(const Tensor& theta, const Tensor* tangent, const Tensor& images, c
   Tensor scratch = empty(theta, {(parts - 1) * size.parameters()}, theta.scalar_type());
   by_dtype(theta, [&](auto t) {
     using T = decltype(t);
-    ConvNetStep<T> step{};
-    step.size = size;
-    step.m = static_cast<int>(m);
-    step.parts = parts;
-    step.theta = theta.const_data_ptr<T>();
-    step.images = images.const_data_ptr<T>();
+    ConvNetStep<T> step = step_on<T>(size, m, parts, theta, images);
     step.targets = targets.const_data_ptr<T>();
     step.scratch = scratch.mutable_data_ptr<T>();
     step.gradient = gradient.mutable_data_ptr<T>();

@@ -14,18 +14,11 @@ namespace ddpp {
 namespace DDPP_ISA {
 namespace {
 
-constexpr int64_t kTaps = 9;
-constexpr int64_t kRow = 16;    // values of a row of few: a whole number of registers
-constexpr int64_t kApart = 16;  // values between matrices, as winograd_cpu.cpp has them
+constexpr int64_t kRow = 16;  // values of a row of few: a whole number of registers
 constexpr int64_t kPixels =
     10 * 32 * 32;  // at a time: what a part holds of the first block stays in the caches
 
 int64_t whole_rows(int64_t values) { return (values + kRow - 1) / kRow * kRow; }
-
-const Queue kThisThread{
-    nullptr, [](int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* state) {
-      if (begin < end) body(begin, end, state);
-    }};
 
 // Arrays of this thread that are kept from call to call: fresh pages would cost more than the work in them.
 template <class T>

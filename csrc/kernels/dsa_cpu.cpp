@@ -6,7 +6,6 @@
 #include <memory>
 #include <optional>
 #include <type_traits>
-#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>

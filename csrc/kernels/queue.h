@@ -24,4 +24,10 @@ void parallel_for(const Queue& queue, int64_t count, int64_t grain, const Body& 
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// All work at once, where it is asked for.
+inline const Queue kThisThread{
+    nullptr, [](int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* state) {
+      if (begin < end) body(begin, end, state);
+    }};
+
 }  // namespace ddpp

@@ -9,6 +9,10 @@
 
 namespace ddpp {
 
+constexpr int64_t kTaps = 9;
+// Values between matrices: a power of two from one to the next would make them share cache lines.
+constexpr int64_t kApart = 16;
+
 // Images are channels last, without gaps. height and width need not be multiples of m.
 struct TiledImages {
   int64_t n, channels, height, width;

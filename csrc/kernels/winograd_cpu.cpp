@@ -256,7 +256,6 @@ void output_transposed(const T* images, const TiledImages& size, Matrices<T> til
 
 // ---- weights ----
 
-constexpr int kTaps = 9;
 constexpr int64_t kWeightRows = 8;  // of one task
 
 template <class T, int m>
@@ -319,8 +318,6 @@ constexpr int kBlockRows = 6, kBlockVectors = DDPP_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int64_t kInner =
     160;  // of a transposed product: what of b is read again for each block stays in cache
 constexpr int64_t kTaskRows = 192, kTaskColumns = 64;
-constexpr int64_t kApart =
-    16;  // values between matrices: a power of two from one to the next would make them share cache lines
 
 template <class V, class T>
 DDPP_INLINE void add_product(V& sum, T x, const V& y) {

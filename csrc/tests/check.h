@@ -71,11 +71,6 @@ class Array {
   std::unique_ptr<T, void (*)(void*)> memory_;
 };
 
-inline void serial_for(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*),
-                       void* state) {
-  if (begin < end) body(begin, end, state);
-}
-
 // Three threads at once, for ThreadSanitizer and for sums that must not depend on the threads.
 inline void threaded_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                          void* state) {
@@ -113,7 +108,7 @@ inline Setting setting(int argc, char** argv) {
       std::printf("this CPU does not run %s\n", wanted);
       std::exit(77);
     }
-    result.queues = {Queue{nullptr, serial_for}, Queue{nullptr, threaded_for}};
+    result.queues = {kThisThread, Queue{nullptr, threaded_for}};
     return result;
   }
   CHECK(mode == "emulated");

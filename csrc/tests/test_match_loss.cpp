@@ -133,7 +133,7 @@ void check_same_bits_on_every_isa() {
     Array<int64_t> scratch((kernels.scratch_bytes(p) + 7) / 8), kept(1);
     Array<double> denominator(1);
     kernels.forward(v.student.data(), v.target.data(), v.start.data(), 0.1, p, scratch.data(), loss.data(),
-                    kept.data(), denominator.data(), Queue{nullptr, serial_for});
+                    kept.data(), denominator.data(), kThisThread);
     if (isa == Isa::base) expected[0] = loss[0];
     CHECK(loss.same_bits(expected));
   }

@@ -247,11 +247,11 @@ template <class T>
 void check_same_bits_on_every_isa() {
   const Inputs<T> in = random_inputs<T>({3, 45, 7, 6}, 0, 1);
   Results<T> expected(in.size, 0);
-  run(norm_pool_cpu<T>(Isa::base), in, &expected, Queue{nullptr, serial_for});
+  run(norm_pool_cpu<T>(Isa::base), in, &expected, kThisThread);
   for (const Isa isa : {Isa::avx2, Isa::avx512}) {
     if (!isa_runs_here(isa)) continue;
     Results<T> got(in.size, 0);
-    run(norm_pool_cpu<T>(isa), in, &got, Queue{nullptr, serial_for});
+    run(norm_pool_cpu<T>(isa), in, &got, kThisThread);
     check_same_bits(expected, got);
   }
 }
