@@ -1,5 +1,5 @@
 // Winograd's minimal filtering F(m x m, 3 x 3), m = 2 or 4, as stages: stride 1, one zero pixel around the
-// image. Every stage has its exact transpose. ddpp/ops/winograd.py gives the formulas.
+// image. Every stage has its exact transpose. Source: Lavin and Gray, arXiv 1509.09308.
 #pragma once
 
 #include <cstdint>

@@ -315,6 +315,9 @@ void weight_transposed(Matrices<const T> transformed, int64_t outputs, int64_t i
 
 // Rows and registers of the block of c that one pass keeps in registers: 24 of 32, 12 of 16.
 constexpr int kBlockRows = 6, kBlockVectors = DDPP_VECTOR_BYTES == 64 ? 4 : 2;
+// Products in a row that one sum takes before it is added to c: the rounding errors of a sum grow with its
+// length.
+constexpr int64_t kSummed = 32;
 constexpr int64_t kInner =
     160;  // of a transposed product: what of b is read again for each block stays in cache
 constexpr int64_t kTaskRows = 192, kTaskColumns = 64;
@@ -352,21 +355,27 @@ template <class T, class V, int rows, int vectors>
 DDPP_INLINE void multiply_block(View<const T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
                                 int64_t inner, bool accumulate) {
   constexpr int64_t width = kWidth<V, T>;
-  V sum[rows][vectors];
-  DDPP_UNROLL for (int r = 0; r < rows; ++r) DDPP_UNROLL for (int j = 0; j < vectors; ++j) {
-    sum[r][j] = V{};
-    if (accumulate) load(sum[r][j], c + r * c_row + j * width);
-  }
-  for (int64_t k = 0; k < inner; ++k) {
-    V y[vectors];
-    DDPP_UNROLL for (int j = 0; j < vectors; ++j) load(y[j], b + k * b_row + j * width);
-    DDPP_UNROLL for (int r = 0; r < rows; ++r) {
-      const T x = a.data[r * a.row + k * a.column];
-      DDPP_UNROLL for (int j = 0; j < vectors; ++j) add_product(sum[r][j], x, y[j]);
+  for (int64_t first = 0; first == 0 || first < inner; first += kSummed) {
+    V sum[rows][vectors];
+    DDPP_UNROLL for (int r = 0; r < rows; ++r) DDPP_UNROLL for (int j = 0; j < vectors; ++j) sum[r][j] = V{};
+    for (int64_t k = first; k < std::min(inner, first + kSummed); ++k) {
+      V y[vectors];
+      DDPP_UNROLL for (int j = 0; j < vectors; ++j) load(y[j], b + k * b_row + j * width);
+      DDPP_UNROLL for (int r = 0; r < rows; ++r) {
+        const T x = a.data[r * a.row + k * a.column];
+        DDPP_UNROLL for (int j = 0; j < vectors; ++j) add_product(sum[r][j], x, y[j]);
+      }
+    }
+    DDPP_UNROLL for (int r = 0; r < rows; ++r) DDPP_UNROLL for (int j = 0; j < vectors; ++j) {
+      T* const to = c + r * c_row + j * width;
+      if (accumulate || first > 0) {
+        V before;
+        load(before, to);
+        sum[r][j] += before;
+      }
+      store(to, sum[r][j]);
     }
   }
-  DDPP_UNROLL for (int r = 0; r < rows; ++r) DDPP_UNROLL for (int j = 0; j < vectors; ++j)
-      store(c + r * c_row + j * width, sum[r][j]);
 }
 
 // All rows of `vectors` registers' columns, in blocks of rows as equal as they can be.

@@ -272,7 +272,7 @@ int main(int argc, char** argv) {
   const ddpp::test::Setting setting = ddpp::test::setting(argc, argv);
   ddpp::test::check_all<float>(setting);
   ddpp::test::check_all<double>(setting);
-  ddpp::test::check_error<float>(setting, 2, 1e-6);
-  ddpp::test::check_error<float>(setting, 4, 3e-6);
+  ddpp::test::check_error<float>(setting, 2, 3e-7);
+  ddpp::test::check_error<float>(setting, 4, 2e-6);
   return 0;
 }
