@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,25 +92,34 @@ def draw(
     _check(steps, batch, height, width, groups, mode, generator)
     if not groups:
         return _IDENTITY.repeat(steps, batch, 1)
-    columns = _columns(tuple(groups))
+    ranges = _ranges(height, width, tuple(groups), mode == "all")
     if mode == "one":
-        columns = columns[torch.randint(len(columns), (steps,), generator=generator)]  # [steps, 16]
-    else:
-        columns = columns.any(0, keepdim=True)  # [1, 16]
-    parameters = _draw_all_groups(steps, 1 if siamese else batch, height, width, generator)
-    plans = torch.where(columns[:, None], parameters, _IDENTITY)
+        chosen = torch.randint(len(ranges.low), (steps,), generator=generator)
+        ranges = _Ranges(*(part[chosen] for part in ranges))
+    plans = _draw(steps, 1 if siamese else batch, ranges, generator)
     return plans.expand(steps, batch, PLAN_SIZE).contiguous()
 
 
-def _draw_all_groups(steps: int, batch: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Plans in which every group is on. [steps, batch, 16]"""
-    low, span, sides, box = _constants(height, width)
+class _Ranges(NamedTuple):
+    """What is drawn from; a group that is off gives its columns of the identity. One row a choice of groups.
+
+    COS draws the angle, FLIP a number below a half where the image is flipped; BOTTOM, RIGHT and SIN follow from
+    other columns.
+    """
+
+    low: Tensor  # [rows, 1, 16]
+    length: Tensor  # [rows, 1, 16]
+    box: Tensor  # sides of the zeroed box [rows, 1, 2]
+    sides: Tensor  # height and width of the image, for both ends of the box [rows, 1, 4]
+
+
+def _draw(steps: int, batch: int, ranges: _Ranges, generator: torch.Generator) -> Tensor:
     # A draw r is at most 1 - 2^-24, so that whole numbers, drawn by rounding down, stay below the upper end.
-    plans = torch.rand(steps, batch, PLAN_SIZE, generator=generator).mul_(span).add_(low)
+    plans = torch.rand(steps, batch, PLAN_SIZE, generator=generator).mul_(ranges.length).add_(ranges.low)
     plans[..., dsa.SHIFT_Y : dsa.RIGHT + 1].floor_()
-    start, end = plans[..., dsa.TOP : dsa.RIGHT : 2], plans[..., dsa.BOTTOM : dsa.RIGHT + 1 : 2]  # [., ., 2]
-    torch.minimum(start + box, sides, out=end)
-    start.clamp_(min=0)
+    box = plans[..., dsa.TOP : dsa.RIGHT + 1]  # both ends of each side [., ., 4]
+    torch.add(box[..., ::2], ranges.box, out=box[..., 1::2])
+    torch.minimum(box, ranges.sides, out=box).clamp_(min=0)
     plans[..., dsa.FLIP].lt_(_FLIP)
     angle = plans[..., dsa.COS]
     torch.sin(angle, out=plans[..., dsa.SIN])
@@ -118,33 +128,40 @@ def _draw_all_groups(steps: int, batch: int, height: int, width: int, generator:
 
 
 @functools.cache
-def _columns(groups: tuple[str, ...]) -> Tensor:
-    """Which columns belong to each of the groups. [groups, 16]"""
-    chosen = [dsa.COLUMNS[group] for group in GROUPS if group in groups]
-    return torch.tensor([[column in columns for column in range(PLAN_SIZE)] for columns in chosen])
+def _ranges(height: int, width: int, groups: tuple[str, ...], chained: bool) -> _Ranges:
+    """Ranges with one of the groups on in each row, or, chained, of one row with all of them on."""
+    on = [group for group in GROUPS if group in groups]
+    rows = [_range(height, width, choice) for choice in ([on] if chained else [[group] for group in on])]
+    low, high, box = (torch.tensor(part, dtype=torch.float32)[:, None] for part in zip(*rows, strict=True))
+    sides = torch.tensor([height, height, width, width], dtype=torch.float32)
+    return _Ranges(low, high - low, box, sides.expand(len(rows), 1, 4))
 
 
-@functools.cache
-def _constants(height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Start [16] and length [16] of each column's range; sides of the image [2] and of its zeroed box [2].
-
-    COS draws the angle; BOTTOM, RIGHT and SIN follow from other columns.
-    """
-    ranges = [(0.0, 0.0)] * PLAN_SIZE
-    ranges[dsa.BRIGHTNESS] = (-0.5, 0.5)
-    ranges[dsa.SATURATION] = (0, 2)
-    ranges[dsa.CONTRAST] = (0.5, 1.5)
-    for column, side in ((dsa.SHIFT_Y, height), (dsa.SHIFT_X, width)):
-        most = int(side * _CROP + 0.5)
-        ranges[column] = (-most, most + 1)
-    box = [int(side * _CUTOUT + 0.5) for side in (height, width)]
-    for column, side, size in zip((dsa.TOP, dsa.LEFT), (height, width), box, strict=True):
-        ranges[column] = (-(size // 2), side + 1 - size % 2 - size // 2)
-    ranges[dsa.FLIP] = (0, 1)
-    ranges[dsa.SCALE_X] = ranges[dsa.SCALE_Y] = (1 / _SCALE, _SCALE)
-    ranges[dsa.COS] = (-_ROTATE, _ROTATE)
-    low, high = torch.tensor(ranges).unbind(1)
-    return low, high - low, torch.tensor([height, width]), torch.tensor(box)
+def _range(height: int, width: int, groups: Collection[str]) -> tuple[list[float], list[float], list[int]]:
+    """Lower and upper end of each column [16], and the sides of the zeroed box [2]."""
+    low, high = list(dsa.IDENTITY), list(dsa.IDENTITY)
+    low[dsa.FLIP] = high[dsa.FLIP] = 1
+    low[dsa.COS] = high[dsa.COS] = 0
+    box = [0, 0]
+    if "color" in groups:
+        low[dsa.BRIGHTNESS : dsa.CONTRAST + 1] = [-0.5, 0, 0.5]
+        high[dsa.BRIGHTNESS : dsa.CONTRAST + 1] = [0.5, 2, 1.5]
+    if "crop" in groups:
+        for column, side in ((dsa.SHIFT_Y, height), (dsa.SHIFT_X, width)):
+            most = int(side * _CROP + 0.5)
+            low[column], high[column] = -most, most + 1
+    if "cutout" in groups:
+        box = [int(side * _CUTOUT + 0.5) for side in (height, width)]
+        for column, side, size in zip((dsa.TOP, dsa.LEFT), (height, width), box, strict=True):
+            low[column], high[column] = -(size // 2), side + 1 - size % 2 - size // 2
+    if "flip" in groups:
+        low[dsa.FLIP] = 0
+    if "scale" in groups:
+        low[dsa.SCALE_X] = low[dsa.SCALE_Y] = 1 / _SCALE
+        high[dsa.SCALE_X] = high[dsa.SCALE_Y] = _SCALE
+    if "rotate" in groups:
+        low[dsa.COS], high[dsa.COS] = -_ROTATE, _ROTATE
+    return low, high, box
 
 
 def _check(

@@ -41,7 +41,7 @@ def concerned(file: str) -> tuple[str, ...]:
     """Options of ctest that choose the tests a source has a part in."""
     if file.endswith((".cu", ".cuh")):
         return "-R", "emulated"
-    return ("-E", "emulated") if file.endswith("_cpu.cpp") else ()
+    return ("-E", "emulated") if file.endswith(("_cpu.cpp", "_avx512.inl")) else ()
 
 
 def test(folder: Path, op: str, *chosen: str) -> str | None:

@@ -18,11 +18,30 @@ namespace ddpp {
 namespace DDPP_ISA {
 namespace {
 
-constexpr int kLanes = 64;       // independent partial sums, which vectorise without -ffast-math
-constexpr int kBorder = 3;       // zero pixels around an image, 1 before and 2 after: no tap needs a test
-constexpr int kTaps = 3;         // output pixels that one input pixel reaches in the separable adjoint
-constexpr int64_t kTask = 8192;  // values worth a thread
+constexpr int kLanes = 64;  // independent partial sums, which vectorise without -ffast-math
+// Zero pixels before a row: those a tap left of it falls on, and the two right of the row above. Four, so
+// that rows of most widths begin at a cache line.
+constexpr int kBorder = 4;
+constexpr int kTaps = 3;              // output pixels that one input pixel reaches in the separable adjoint
+constexpr int64_t kTask = 8192;       // values worth a thread
 constexpr int64_t kPrefetch = 65536;  // bytes of the next image that are fetched early
+
+// Values from the beginning of a cache line on, at first 0. What is stored by whole registers is then read by
+// them without waiting for the cache.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t values) : lines_(new Line[(values + kLine - 1) / kLine]()) {}
+  T* get() const { return lines_[0].values; }
+  void swap(Buffer& other) { lines_.swap(other.lines_); }
+
+ private:
+  static constexpr int kLine = 64 / sizeof(T);
+  struct alignas(64) Line {
+    T values[kLine];
+  };
+  std::unique_ptr<Line[]> lines_;
+};
 
 // ---- colour ----
 
@@ -177,91 +196,19 @@ void with_taps(const Linear<T>& scale, bool transpose, const Run& run) {
   }
 }
 
-#if defined(DDPP_ISA_avx512)
-// Scaling of narrow planes, channel by channel: a row is two registers, and its taps are a permutation of
-// them. The arithmetic is that of Resampler, operation by operation.
-template <int channels>
-class NarrowScaling {
- public:
-  static constexpr int kWidest = 32;
-
-  explicit NarrowScaling(const ImageBatch& image)
-      : image_(image), vertical_(image.height), horizontal_(image.width) {
-    for (int half = 0; half < 2; ++half) {
-      const int left = std::min(16, std::max(0, image.width - 16 * half));
-      held_[half] = static_cast<__mmask16>((1u << left) - 1);
-    }
-  }
-
-  void apply(const float* from, const Linear<float>& scale, bool transpose, float* to) {
-    horizontal_.set(scale.xx, transpose);
-    vertical_.set(scale.yy, transpose);
-    with_taps(scale, transpose, [&](auto rows, auto columns) {
-      apply_axes<decltype(rows)::value, decltype(columns)::value>(from, to);
-    });
-  }
-
- private:
-  using Values = float __attribute__((vector_size(64)));
-  using Whole = int __attribute__((vector_size(64)));
-
-  struct Row {
-    Values half[2];
-  };
-
-  // Zeros outside of the plane.
-  Row row(const float* plane, int y) const {
-    if (y < 0 || y >= image_.height) return {};
-    const float* from = plane + y * image_.width;
-    return {{_mm512_maskz_loadu_ps(held_[0], from), _mm512_maskz_loadu_ps(held_[1], from + 16)}};
-  }
-
-  // Of 16 values that a row is asked for where they are, and which of them it has.
-  struct Taps {
-    Taps() = default;
-    explicit Taps(Whole at)
-        : at(at), inside(_mm512_cmplt_epu32_mask((__m512i)at, _mm512_set1_epi32(kWidest))) {}
-    Values of(const Row& row) const {
-      return _mm512_maskz_permutex2var_ps(inside, row.half[0], (__m512i)at, row.half[1]);
-    }
-    Whole at;
-    __mmask16 inside;
-  };
-
-  template <int row_taps, int column_taps>
-  void apply_axes(const float* from, float* to) const {
-    Taps taps[2][column_taps];
-    Values shares[2][column_taps];
-    for (int half = 0; half < 2; ++half)
-      for (int t = 0; t < column_taps; ++t) {
-        const Whole first = (Whole)_mm512_maskz_loadu_epi32(held_[half], horizontal_.tap.get() + 16 * half);
-        taps[half][t] = Taps(first + (t - 1));
-        shares[half][t] = _mm512_maskz_loadu_ps(held_[half], horizontal_.weight(t) + 16 * half);
-      }
-    const int size = image_.height * image_.width;
-    for (int c = 0; c < channels; ++c, from += size)
-      for (int y = 0; y < image_.height; ++y, to += image_.width) {
-        Row blend;
-        for (int t = 0; t < row_taps; ++t) {
-          const Row tap = row(from, vertical_.tap[y] + t - 1);
-          const float share = vertical_.weight(t)[y];
-          for (int half = 0; half < 2; ++half) {
-            const Values part = share * tap.half[half];
-            blend.half[half] = t ? blend.half[half] + part : part;
-          }
-        }
-        for (int half = 0; half < 2; ++half) {
-          Values value = shares[half][0] * taps[half][0].of(blend);
-          for (int t = 1; t < column_taps; ++t) value += shares[half][t] * taps[half][t].of(blend);
-          _mm512_mask_storeu_ps(to + 16 * half, held_[half], value);
-        }
-      }
-  }
-
-  const ImageBatch image_;
-  Axis<float> vertical_, horizontal_;
-  __mmask16 held_[2];  // which values of the two registers a row has
+// Of each sample point of a row: the pixel above and left of it, and the shares of right and below, or of all
+// four taps.
+template <class T>
+struct Taps {
+  int* tap;
+  T *right, *below, *shares;
 };
+
+#if defined(DDPP_ISA_avx512)
+constexpr bool kQuads = true;
+#include "kernels/dsa_avx512.inl"
+#else
+constexpr bool kQuads = false;  // whether a register holds four pixels
 #endif
 
 template <class T, int channels>
@@ -274,17 +221,18 @@ class Resampler {
       : height_(image.height),
         width_(image.width),
         pitch_(image.width + kBorder),
-        area_((image.height + kBorder) * pitch_),
-        front_(new Pixel[area_]()),
-        back_(new Pixel[area_]()),
-        row_(new Pixel[pitch_]()),
-        taps_(new int[2 * width_]),
-        colored_(new T[static_cast<size_t>(channels) * height_ * width_]),
-        weights_(new T[4 * width_]),
-        columns_(new T[width_]),
+        area_((image.height + 3) * pitch_ + kLane),
+        slot_((image.width + kLane - 1) / kLane * kLane),
+        front_(area_),
+        back_(area_),
+        row_(image.width + 3),
+        taps_(kSlots * slot_),
+        colored_(channels * height_ * width_),
+        weights_(kSlots * 6 * slot_),
+        columns_(slot_),
         vertical_(height_),
         horizontal_(width_) {
-    for (int x = 0; x < width_; ++x) columns_[x] = static_cast<T>(x) - static_cast<T>(width_ - 1) / 2;
+    for (int x = 0; x < slot_; ++x) columns_.get()[x] = static_cast<T>(x) - static_cast<T>(width_ - 1) / 2;
   }
 
   void augment(const T* from, const float* p, T* to) {
@@ -329,13 +277,15 @@ class Resampler {
   }
 
  private:
-  Pixel* inner_row(Pixel* image, int y) const { return image + (y + 1) * pitch_ + 1; }
+  // what taps count from
+  static Pixel* origin(const Buffer<Pixel>& image) { return image.get() + kBorder - 1; }
+  Pixel* inner_row(const Buffer<Pixel>& image, int y) const { return origin(image) + (y + 1) * pitch_ + 1; }
 
   template <bool mirror>
   void pack(const T* from, const Move& m) {
     const Inside part(m, height_, width_);
     for (int y = 0; y < height_; ++y) {
-      Pixel* to = inner_row(front_.get(), y);
+      Pixel* to = inner_row(front_, y);
       if (y < part.top || y >= part.bottom) {
         std::fill_n(to, width_, Pixel{});
         continue;
@@ -351,7 +301,7 @@ class Resampler {
   void clear_box(const Move& m) {
     if (m.left >= m.right) return;
     for (int y = m.top; y < m.bottom; ++y)
-      std::fill_n(inner_row(front_.get(), y) + m.left, m.right - m.left, Pixel{});
+      std::fill_n(inner_row(front_, y) + m.left, m.right - m.left, Pixel{});
   }
 
   template <bool mirror>
@@ -359,6 +309,8 @@ class Resampler {
     const int size = height_ * width_;
     if constexpr (channels == 1) {
       for (int x = 0; x < count; ++x) to[mirror ? count - 1 - x : x] = from[x];
+    } else if constexpr (fast && !mirror) {
+      pack_pixels(from, size, to, count);
     } else if (count < 4) {
       for (int x = 0; x < count; ++x)
         to[mirror ? count - 1 - x : x] = Pixel{from[x], from[x + size], from[x + 2 * size], 0};
@@ -386,9 +338,17 @@ class Resampler {
 
   // Pixels from outside are those of the border, which is zero.
   void unpack(T* to, const Move& m) {
-    for (int x = 0; x < width_; ++x) taps_[x] = clamped(m.mirror ? m.dx - x : x + m.dx, -1, width_);
+    if constexpr (fast) {
+      if (!m.on()) {
+        for (int y = 0; y < height_; ++y)
+          unpack_pixels(inner_row(front_, y), to + y * width_, height_ * width_, width_);
+        return;
+      }
+    }
+    int* const taps = taps_.get();
+    for (int x = 0; x < width_; ++x) taps[x] = clamped(m.mirror ? m.dx - x : x + m.dx, -1, width_);
     for (int y = 0; y < height_; ++y)
-      unpack_row(inner_row(front_.get(), clamped(y + m.dy, -1, height_)), to + y * width_);
+      unpack_row(inner_row(front_, clamped(y + m.dy, -1, height_)), to + y * width_);
   }
 
   void unpack_row(const Pixel* __restrict from, T* __restrict to) {
@@ -429,7 +389,7 @@ class Resampler {
   template <int row_taps, int column_taps>
   void apply_axes() {
     for (int y = 0; y < height_; ++y) {
-      const T* __restrict source = reinterpret_cast<const T*>(front_.get() + vertical_.tap[y] * pitch_ + 1);
+      const T* __restrict source = reinterpret_cast<const T*>(inner_row(front_, vertical_.tap[y] - 1));
       T* __restrict blend = reinterpret_cast<T*>(row_.get() + 1);
       T weight[row_taps];
       for (int t = 0; t < row_taps; ++t) weight[t] = vertical_.weight(t)[y];
@@ -439,7 +399,7 @@ class Resampler {
         blend[x] = value;
       }
       const Pixel* __restrict row = row_.get();
-      Pixel* __restrict to = inner_row(back_.get(), y);
+      Pixel* __restrict to = inner_row(back_, y);
       const int* __restrict first = horizontal_.tap.get();
       const T* __restrict weights = horizontal_.weights.get();
       const int width = width_;
@@ -453,112 +413,139 @@ class Resampler {
     front_.swap(back_);
   }
 
-  // One of the two slots of taps_ and weights_, for row y: the pixel above and left of each sample point, and
-  // the shares of right and below.
-  void locate_row(int y, const Linear<T>& map, int slot) {
+  Taps<T> slot(int i) const {
+    T* const weights = weights_.get() + 6 * i * slot_;
+    return {taps_.get() + i * slot_, weights, weights + slot_, weights + 2 * slot_};
+  }
+
+  void locate_row(int y, const Linear<T>& map, const Taps<T>& at) {
     const T cy = static_cast<T>(height_ - 1) / 2;
     const T v = static_cast<T>(y) - cy, x0 = map.xy * v + static_cast<T>(width_ - 1) / 2,
             y0 = map.yy * v + cy, xx = map.xx, yx = map.yx;
-    int* __restrict taps = taps_.get() + slot * width_;
     const T* __restrict us = columns_.get();
-    T* __restrict shares = weights_.get() + 2 * slot * width_;
-    const int width = width_, height = height_, pitch = pitch_;
-    for (int i = 0; i < width; ++i) {
+    int* __restrict taps = at.tap;
+    T* __restrict right = at.right, * __restrict below = at.below;
+    const int width = width_, height = height_, pitch = pitch_, count = slot_;
+    for (int i = 0; i < count; ++i) {
       const T u = us[i];
-      T right, below;
-      const int column = locate(xx * u + x0, width, &right), row = locate(yx * u + y0, height, &below);
+      T share_right, share_below;
+      const int column = locate(xx * u + x0, width, &share_right),
+                row = locate(yx * u + y0, height, &share_below);
       taps[i] = row * pitch + column;
-      shares[i] = right;
-      shares[i + width] = below;
+      right[i] = share_right;
+      below[i] = share_below;
     }
   }
 
+  // A row is located before the one ahead of it is sampled: its taps are known when their addresses are
+  // needed.
   void gather(const Linear<T>& map) {
-    const Pixel* __restrict front = front_.get();
-    const int* __restrict taps = taps_.get();
-    const int pitch = pitch_, width = width_;
-    const T* __restrict fx = weights_.get(), * __restrict fy = fx + width_;
+    locate_row(0, map, slot(0));
     for (int y = 0; y < height_; ++y) {
-      locate_row(y, map, 0);
-      Pixel* __restrict to = inner_row(back_.get(), y);
-      for (int x = 0; x < width; ++x) {
-        const Pixel* tap = front + taps[x];
-        Pair above, below;
-        std::memcpy(&above, tap, sizeof above);
-        std::memcpy(&below, tap + pitch, sizeof below);
-        const Pair blend = above + fy[x] * (below - above);
-        Pixel left, right;
-        if constexpr (channels == 1) {
-          left = blend[0], right = blend[1];
-        } else {
-          left = __builtin_shufflevector(blend, blend, 0, 1, 2, 3);
-          right = __builtin_shufflevector(blend, blend, 4, 5, 6, 7);
-        }
-        to[x] = left + fx[x] * (right - left);
+      locate_row(y + 1, map, slot((y + 1) % 2));
+      const Taps<T> at = slot(y % 2);
+      if constexpr (fast) {
+        gather_pixels(origin(front_), pitch_, at, width_, inner_row(back_, y));
+      } else {
+        gather_row(at, inner_row(back_, y));
       }
     }
     front_.swap(back_);
   }
 
+  void gather_row(const Taps<T>& at, Pixel* __restrict to) {
+    const Pixel* __restrict front = origin(front_);
+    for (int x = 0; x < width_; ++x) {
+      const Pixel* tap = front + at.tap[x];
+      Pair above, below;
+      std::memcpy(&above, tap, sizeof above);
+      std::memcpy(&below, tap + pitch_, sizeof below);
+      const Pair blend = above + at.below[x] * (below - above);
+      Pixel left, right;
+      if constexpr (channels == 1) {
+        left = blend[0], right = blend[1];
+      } else {
+        left = __builtin_shufflevector(blend, blend, 0, 1, 2, 3);
+        right = __builtin_shufflevector(blend, blend, 4, 5, 6, 7);
+      }
+      to[x] = left + at.right[x] * (right - left);
+    }
+  }
+
+  // Neighbours add to the same pixels, and a load waits where two late stores overlap it: two distant rows,
+  // and of both the even and then the odd columns, take turns.
   void scatter(const Linear<T>& map) {
-    std::fill_n(back_.get(), area_, Pixel{});
-    // Neighbours add to the same pixels, and a load waits where two late stores overlap it: even and odd
-    // columns of two distant rows take turns.
+    std::fill_n(reinterpret_cast<T*>(back_.get()), area_ * lanes, T(0));
     const int half = (height_ + 1) / 2;
+    const auto locate = [&](int y) {
+      for (int k = 0; k < 2; ++k) {
+        const Taps<T> at = slot(y % 2 * 2 + k);
+        locate_row(y + k * half, map, at);
+        if constexpr (fast) share_taps(at, width_);
+      }
+    };
+    locate(0);
     for (int y = 0; y < half; ++y) {
-      const int rows = y + half < height_ ? 2 : 1;
-      for (int k = 0; k < rows; ++k) locate_row(y + k * half, map, k);
-      for (int first = 0; first < 2; ++first)
-        for (int k = 0; k < rows; ++k) scatter_row(y + k * half, k, first);
+      locate(y + 1);
+      const Taps<T> at[] = {slot(y % 2 * 2), slot(y % 2 * 2 + 1)};
+      const Pixel* const from[] = {inner_row(front_, y), inner_row(front_, y + half)};
+      y + half < height_ ? scatter_rows<2>(from, at) : scatter_rows<1>(from, at);
     }
     front_.swap(back_);
     clear_border();
   }
 
-  // Every other pixel of row y, whose taps are those of the slot.
-  void scatter_row(int y, int slot, int first) {
-    const int width = width_, pitch = pitch_;
-    const int* __restrict taps = taps_.get() + slot * width;
-    const T* __restrict fx = weights_.get() + 2 * slot * width, * __restrict fy = fx + width;
-    const Pixel* __restrict from = inner_row(front_.get(), y);
-    Pixel* __restrict to = back_.get();
-    for (int x = first; x < width; x += 2) add_taps(from[x], fx[x], fy[x], to + taps[x], pitch);
+  template <int rows>
+  void scatter_rows(const Pixel* const (&from)[2], const Taps<T> (&at)[2]) {
+    Pixel* const to = origin(back_);
+    const int pitch = pitch_, width = width_;
+    for (int first = 0; first < 2; ++first)
+      for (int x = first; x < width; x += 2)
+        for (int k = 0; k < rows; ++k) scatter_pixel(from[k], at[k], x, to, pitch);
+  }
+
+  // Adds what pixel x of a row is worth to its four taps.
+  static void scatter_pixel(const Pixel* from, const Taps<T>& at, int x, Pixel* to, int pitch) {
+    Pixel* const above = to + at.tap[x];
+    if constexpr (fast) {
+      scatter_taps(from[x], at.shares + 4 * x, above, above + pitch);
+      return;
+    }
+    Pair left, step, value;
+    if constexpr (channels == 1) {
+      left = Pair{1, 0}, step = Pair{-1, 1}, value = Pair{from[x], from[x]};
+    } else {
+      left = Pair{1, 1, 1, 1, 0, 0, 0, 0}, step = Pair{-1, -1, -1, -1, 1, 1, 1, 1};
+      value = __builtin_shufflevector(from[x], from[x], 0, 1, 2, 3, 0, 1, 2, 3);
+    }
+    const Pair share = left + at.right[x] * step, lower = at.below[x] * share;
+    add_pair((share - lower) * value, above);
+    add_pair(lower * value, above + pitch);
+  }
+
+  static void add_pair(const Pair& part, Pixel* to) {
+    Pair sum;
+    std::memcpy(&sum, to, sizeof sum);
+    sum += part;
+    std::memcpy(to, &sum, sizeof sum);
   }
 
   void clear_border() {
-    Pixel* image = front_.get();
-    std::fill_n(image, pitch_, Pixel{});
-    for (int y = 1; y <= height_; ++y) {
-      image[y * pitch_] = Pixel{};
-      image[y * pitch_ + width_ + 1] = image[y * pitch_ + width_ + 2] = Pixel{};
+    std::fill_n(origin(front_), pitch_, Pixel{});
+    for (int y = 0; y < height_; ++y) {
+      Pixel* const row = inner_row(front_, y);
+      row[-1] = row[width_] = row[width_ + 1] = Pixel{};
     }
-    std::fill_n(image + (height_ + 1) * pitch_, 2 * pitch_, Pixel{});
-  }
-
-  static void add_taps(const Pixel& from, T fx, T fy, Pixel* above, int pitch) {
-    Pair left, step, value;
-    if constexpr (channels == 1) {
-      left = Pair{1, 0}, step = Pair{-1, 1}, value = Pair{from, from};
-    } else {
-      left = Pair{1, 1, 1, 1, 0, 0, 0, 0}, step = Pair{-1, -1, -1, -1, 1, 1, 1, 1};
-      value = __builtin_shufflevector(from, from, 0, 1, 2, 3, 0, 1, 2, 3);
-    }
-    Pixel* below = above + pitch;
-    const Pair share = (left + fx * step) * value, lower = fy * share;
-    Pair sum;
-    std::memcpy(&sum, above, sizeof sum);
-    sum += share - lower;
-    std::memcpy(above, &sum, sizeof sum);
-    std::memcpy(&sum, below, sizeof sum);
-    sum += lower;
-    std::memcpy(below, &sum, sizeof sum);
+    std::fill_n(inner_row(front_, height_) - 1, 2 * pitch_, Pixel{});
   }
 
   static constexpr int lanes = sizeof(Pixel) / sizeof(T);
-  int height_, width_, pitch_, area_;
-  std::unique_ptr<Pixel[]> front_, back_, row_;
-  std::unique_ptr<int[]> taps_;
-  std::unique_ptr<T[]> colored_, weights_, columns_;
+  static constexpr bool fast = kQuads && std::is_same_v<T, float> && channels == 3;
+  static constexpr int kSlots = 4, kLane = 16;  // rows of taps; their values are whole registers
+  int height_, width_, pitch_, area_, slot_;
+  Buffer<Pixel> front_, back_, row_;
+  Buffer<int> taps_;
+  Buffer<T> colored_, weights_, columns_;
   Axis<T> vertical_, horizontal_;
 };
 
@@ -571,20 +558,24 @@ class Chain {
   explicit Chain(const ImageBatch& image)
       : image_(image),
         size_(image.height * image.width),
-        buffer_(new T[static_cast<size_t>(channels) * size_]),
-        other_(new T[static_cast<size_t>(channels) * size_]) {}
+        buffer_(channels * size_),
+        other_(channels * size_) {}
 
   void augment(const T* from, const float* p, T* to) {
     const Linear<T> scale = make_scale<T>(p), rotation = make_rotation<T>(p, image_.height, image_.width);
-    if (!scales_alone(scale) && (scale.on() || rotation.on())) return resampler().augment(from, p, to);
     const Color color = make_color(p, false);
     const Move moved = make_move(p, image_.height, image_.width, false);
-    start(from, to, color.on() + moved.on() + scale.on() + rotation.on());
+    const bool resampled = scale.on() || rotation.on(), narrow = scales_alone(scale);
+    if (resampled && !narrow) return resampler().augment(from, p, to);
+    start(from, to, color.on() + (narrow ? 1 + rotation.on() : moved.on()));
     if (color.on()) stage([&](const T* x, T* y) { recolor<T, channels>(x, y, size_, color); });
-    if (moved.on()) stage([&](const T* x, T* y) { move(x, y, image_, moved); });
+    if (!narrow) {
+      if (moved.on()) stage([&](const T* x, T* y) { move(x, y, image_, moved); });
+      return;
+    }
 #if defined(DDPP_ISA_avx512)
     if constexpr (std::is_same_v<T, float>) {
-      if (scale.on()) stage([&](const T* x, T* y) { narrow().apply(x, scale, false, y); });
+      stage([&](const T* x, T* y) { narrow_scaling().apply(x, moved, scale, y); });
       if (rotation.on()) stage([&](const T* x, T* y) { resampler().rotate(x, rotation, false, y); });
     }
 #endif
@@ -592,23 +583,24 @@ class Chain {
 
   void adjoint(const T* from, const float* p, T* to) {
     const Linear<T> scale = make_scale<T>(p), rotation = make_rotation<T>(p, image_.height, image_.width);
-    if (!scales_alone(scale) && (scale.on() || rotation.on())) return resampler().adjoint(from, p, to);
     const Color color = make_color(p, true);
     const Move moved = make_move(p, image_.height, image_.width, true);
-    start(from, to, color.on() + moved.on() + scale.on() + rotation.on());
+    const bool resampled = scale.on() || rotation.on(), narrow = scales_alone(scale);
+    if (resampled && !narrow) return resampler().adjoint(from, p, to);
+    start(from, to, color.on() + (narrow ? 1 + rotation.on() : moved.on()));
 #if defined(DDPP_ISA_avx512)
     if constexpr (std::is_same_v<T, float>) {
-      if (rotation.on()) stage([&](const T* x, T* y) { resampler().rotate(x, rotation, true, y); });
-      if (scale.on()) stage([&](const T* x, T* y) { narrow().apply(x, scale, true, y); });
+      if (narrow && rotation.on()) stage([&](const T* x, T* y) { resampler().rotate(x, rotation, true, y); });
+      if (narrow) stage([&](const T* x, T* y) { narrow_scaling().apply_transposed(x, scale, moved, y); });
     }
 #endif
-    if (moved.on()) stage([&](const T* x, T* y) { move(x, y, image_, moved); });
+    if (!narrow && moved.on()) stage([&](const T* x, T* y) { move(x, y, image_, moved); });
     if (color.on()) stage([&](const T* x, T* y) { recolor<T, channels>(x, y, size_, color); });
   }
 
  private:
-  // Whether the scaling is a stage of its own; all other resampling is the Resampler's, with what comes
-  // before.
+  // Whether crop, cutout, flip and scaling are one stage; all other resampling is the Resampler's, with what
+  // comes before.
   bool scales_alone(const Linear<T>& scale) const {
 #if defined(DDPP_ISA_avx512)
     return std::is_same_v<T, float> && scale.on() && image_.width <= NarrowScaling<channels>::kWidest &&
@@ -640,7 +632,7 @@ class Chain {
   }
 
 #if defined(DDPP_ISA_avx512)
-  NarrowScaling<channels>& narrow() {
+  NarrowScaling<channels>& narrow_scaling() {
     if (!narrow_) narrow_.emplace(image_);
     return *narrow_;
   }
@@ -649,7 +641,7 @@ class Chain {
 
   const ImageBatch image_;
   const int size_;
-  std::unique_ptr<T[]> buffer_, other_;
+  Buffer<T> buffer_, other_;
   std::optional<Resampler<T, channels>> resampler_;
   const T* from_;
   T* to_;

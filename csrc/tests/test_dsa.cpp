@@ -167,21 +167,34 @@ std::vector<Plan> plans(int h, int w) {
       turn(90),
       turn(133),
   };
-  Plan all = turn(-12);
-  const Plan others = with({{kBrightness, -0.4},
-                            {kSaturation, 0.2},
-                            {kContrast, 1.4},
-                            {kShiftY, 2},
-                            {kShiftX, -3},
-                            {kTop, 1},
-                            {kBottom, h / 2},
-                            {kLeft, w / 3},
-                            {kRight, w},
-                            {kFlip, 1},
-                            {kScaleX, 0.88},
-                            {kScaleY, 1.07}});
-  std::copy(others.begin(), others.begin() + kCos, all.begin());
-  result.push_back(all);
+  // Chains: what a crop or a flip brings from outside meets scales that reach beyond the image, and others.
+  const auto chain = [&](double degrees, std::initializer_list<std::pair<int, double>> others) {
+    Plan plan = with(others);
+    const Plan turned = turn(degrees);
+    std::copy(turned.begin() + kCos, turned.end(), plan.begin() + kCos);
+    result.push_back(plan);
+  };
+  chain(-12, {{kBrightness, -0.4},
+              {kSaturation, 0.2},
+              {kContrast, 1.4},
+              {kShiftY, 2},
+              {kShiftX, -3},
+              {kTop, 1},
+              {kBottom, h / 2},
+              {kLeft, w / 3},
+              {kRight, w},
+              {kFlip, 1},
+              {kScaleX, 0.88},
+              {kScaleY, 1.07}});
+  chain(8, {{kShiftY, -2},
+            {kShiftX, -1},
+            {kTop, h / 3},
+            {kBottom, h},
+            {kLeft, 0},
+            {kRight, w / 2},
+            {kScaleX, 1.19},
+            {kScaleY, 0.9}});
+  chain(0, {{kShiftY, 1}, {kShiftX, 2}, {kFlip, 1}, {kScaleX, 1.15}, {kScaleY, 1.1}});
   return result;
 }
 
