@@ -172,7 +172,10 @@ class EvaluateConfig:
         "Which snapshot is reported: the last, the best on held-out or on test images, or all three side by side.",
         choices=("final", "val", "test", "all"),
     )
-    search_lr: bool = option(False, "Also report at the best of five learning rates, beside the learned step size.")
+    search_lr: bool = option(
+        False,
+        "Also report at the best of five learning rates at which no network diverges, beside the learned step size.",
+    )
     augmentations: tuple[str, ...] = option(
         (), "Also report with each of these: none, dsa, autoaugment, randaugment, imagenet (the grid of DC-BENCH)."
     )

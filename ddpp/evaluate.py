@@ -40,6 +40,18 @@ class Scores(NamedTuple):
     finite: bool  # whether its parameters were, after training
 
 
+class Searched(NamedTuple):
+    """Networks trained at a rate that was searched."""
+
+    lr: float
+    distilled: list[Scores]
+    random: list[Scores]
+
+    @property
+    def finite(self) -> bool:
+        return all(tested.finite for tested in (*self.distilled, *self.random))
+
+
 class Evaluation:
     """Trains and tests networks of one run; each depends only on the seed, its training images and its number.
 
@@ -124,12 +136,24 @@ class Evaluation:
         numbers = range(self.config.evaluate.networks)
         return self.networks([(model, images, labels, recipe, "distilled", n) for n in numbers])
 
-    def searched(self, model: str, trained_on: Synthetic) -> Recipe:
-        """The recipe at the rate of :data:`RATES` with which one network does best."""
+    def searched(self, model: str, trained_on: Synthetic) -> Searched:
+        """The rate of :data:`RATES` with which one network does best, among those at which no network diverges."""
         recipes = [self._recipe(self.config.evaluate.epochs, lr) for lr in RATES]
         images, labels = trained_on.images, trained_on.labels
         tried = self.networks([(model, images, labels, recipe, "search", 0) for recipe in recipes])
-        return max(zip(recipes, tried, strict=True), key=lambda pair: _preference(pair[1]))[0]
+        ranked = sorted(zip(recipes, tried, strict=True), key=lambda pair: _preference(pair[1]), reverse=True)
+        best = self._at(model, trained_on, ranked[0][0])
+        for recipe, _ in ranked[1:]:
+            if best.finite:
+                return best
+            self.progress.total += 2 * self.config.evaluate.networks
+            other = self._at(model, trained_on, recipe)
+            best = other if other.finite else best
+        return best
+
+    def _at(self, model: str, trained_on: Synthetic, recipe: Recipe) -> Searched:
+        ipc = self.config.distill.ipc
+        return Searched(recipe.lr, self.distilled(model, trained_on, recipe), self.random(model, ipc, recipe))
 
     def full(self, model: str) -> list[Scores]:
         """All real training images."""
@@ -161,9 +185,9 @@ class Evaluation:
         )
 
 
-def _preference(tested: Scores) -> float:
-    """On held-out images if there are any."""
-    return tested.test if tested.val is None else tested.val
+def _preference(tested: Scores) -> tuple[bool, float]:
+    """On held-out images if there are any; a network that diverged comes last."""
+    return tested.finite, tested.test if tested.val is None else tested.val
 
 
 def check(config: Config, dataset: Dataset) -> None:
@@ -251,9 +275,9 @@ def _table(evaluation: Evaluation, model: str, candidates: list[tuple[int, Synth
         parts = ("val", "test") if len(evaluation.dataset.val_labels) else ("test",)
         table |= {f"{method}/{part}": entry(best[part]) for part in parts}
     if settings.search_lr:
-        recipe = evaluation.searched(model, chosen)
-        table["random/searched"] = _summary(evaluation.random(model, ipc, recipe))
-        table[f"{method}/searched"] = {**_summary(evaluation.distilled(model, chosen, recipe)), "lr": recipe.lr}
+        searched = evaluation.searched(model, chosen)
+        table["random/searched"] = _summary(searched.random)
+        table[f"{method}/searched"] = {**_summary(searched.distilled), "lr": searched.lr}
     for name in settings.augmentations:
         other = evaluation.augmented_by(name)
         table[f"random/{name}"] = _summary(other.random(model, ipc, learned))

@@ -278,6 +278,30 @@ def test_networks_that_diverged_are_counted(finished: Path, capsys: pytest.Captu
     assert "(2 diverged)" in capsys.readouterr().out
 
 
+def test_a_searched_rate_is_one_at_which_no_network_diverges(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = [str(finished), "--networks", "2", "--epochs", "2", "--full-epochs", "0", "--search-lr", "--threads", "1"]
+
+    def searched() -> tuple[dict[str, Any], dict[str, Any]]:
+        assert evaluate.main(argv) == 0
+        table = json.loads((finished / "evaluation.json").read_text())["accuracy"]
+        return table["ddpp/searched"], table["random/searched"]
+
+    first, _ = searched()
+    fit, calls = evaluate.training.fit, []
+
+    def diverging(network: Any, images: Any, labels: Any, recipe: Any, **options: Any) -> bool:
+        """At the best rate the network of the search does well and one of those after it does not."""
+        calls.append(recipe.lr)
+        return fit(network, images, labels, recipe, **options) and not (recipe.lr == first["lr"] and len(calls) > 10)
+
+    monkeypatch.setattr(evaluate.training, "fit", diverging)
+    distilled, random = searched()
+    assert distilled["lr"] != first["lr"] and "diverged" not in distilled and "diverged" not in random
+    monkeypatch.setattr(evaluate.training, "fit", lambda *args, **options: fit(*args, **options) and False)
+    distilled, random = searched()
+    assert distilled["diverged"] == random["diverged"] == 2
+
+
 def test_augmentations_stand_side_by_side(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(finished), "--networks", "2", "--epochs", "2", "--full-epochs", "0", "--augmentations"]
     grid = ["none", "dsa", "autoaugment", "randaugment", "imagenet"]
