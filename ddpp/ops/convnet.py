@@ -16,8 +16,7 @@ convolution's bias is cancelled by the normalisation that follows: it is left ou
 On a CPU the compiled step gives every thread images of its own, which it takes through all layers and back: threads
 share the parameters and nothing else, and wait for each other once. Its convolutions are Winograd's F(m x m, 3 x 3),
 m = 2 or 4 (Lavin and Gray, arXiv 1509.09308), with sums in parts: a convolution of 128 channels in float32 differs from
-float64 by 2.2e-7 of its length at m = 2 and by 1.6e-6 at m = 4. Elsewhere the vendor's library
-convolves.
+float64 by 2.0e-7 of its length at m = 2 and by 1.4e-6 at m = 4. Elsewhere the vendor's library convolves.
 """
 
 from __future__ import annotations
