@@ -1,4 +1,4 @@
-"""Plants bugs in copies of the kernels, one in a copy at a time, and shows that the C++ tests catch each.
+"""Plants bugs, one at a time, in a copy of each op's kernels, and shows that the C++ tests catch each.
 
     python tools/plant_bugs.py [op ...]
 

@@ -49,5 +49,5 @@ def library(module: str) -> Any:
         package = module.partition(".")[0]
         raise UserError(
             f"{package} cannot be imported: {e}. Install one that fits torch {torch.__version__} "
-            f"(pip install --upgrade torch {package}), or take another --dataset and no --augmentations."
+            f"(pip install --upgrade torch {package}), or do without the option that needs it."
         ) from e
