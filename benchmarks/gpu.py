@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ddpp import augment
+from ddpp.gpu import Graphs
 from ddpp.ops import dsa_augment, masked_match_loss
 from ddpp.ops import norm_pool as faces
 from ddpp.unroll import Matching, matching_gradients, provider
@@ -184,10 +185,11 @@ def outer_steps(clock: Clock, small: bool) -> Iterator[tuple[dict[str, Any], dic
 
 def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Matching]]]:
     """What makes the reference, every step a graph of autograd, and the adjoint engine with CUDA graphs and without."""
+    on_gpu = problem["start"].is_cuda
 
     def adjoint(graphs: bool) -> Callable[[], Matching]:
-        step = provider(problem["network"], "dual", graphs=graphs)
-        return lambda: matching_gradients(**problem, step=step)
+        step, captured = provider(problem["network"], "dual"), Graphs() if graphs and on_gpu else None
+        return lambda: matching_gradients(**problem, step=step, graphs=captured)
 
     return {
         "pytorch": lambda: bench_outer_step.side(bench_outer_step.REFERENCE, problem),

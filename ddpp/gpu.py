@@ -1,7 +1,7 @@
-"""What keeps a GPU from waiting for the host: copies that nobody waits for, and student steps replayed as graphs.
+"""What keeps a GPU from waiting for the host: copies that nobody waits for, and inner steps replayed as graphs.
 
-A student step is some sixty kernels of a few microseconds each. Launched one by one they cost the host more time than
-the GPU; captured once as a CUDA graph, one launch replays them all on the same memory.
+An inner step and the way back through it are some fifty kernels each, of a few microseconds. Launched one by one they
+cost the host more time than the GPU; captured once as a CUDA graph, one launch replays them all on the same memory.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpp.dual import Step, StepAdjoint
-
 MOST_GRAPHS = 8  # each holds the memory of a whole step
 _WARM_UP = 3  # calls before a capture: libraries choose their algorithms, and buffers are allocated
 
@@ -25,12 +23,12 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-Call = Callable[[], tuple[Tensor | None, ...]]
+Results = Tensor | tuple[Tensor | None, ...]
 #: From a call without arguments to what it gave and what repeats it, with results in the same memory.
-Capture = Callable[[Call], tuple[tuple[Tensor | None, ...], Callable[[], None]]]
+Capture = Callable[[Callable[[], Results]], tuple[Results, Callable[[], None]]]
 
 
-def cuda_graph(call: Call) -> tuple[tuple[Tensor | None, ...], Callable[[], None]]:
+def cuda_graph(call: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
     """Captures a call as a CUDA graph. The call must neither wait for the GPU nor look at a value there."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -44,69 +42,74 @@ def cuda_graph(call: Call) -> tuple[tuple[Tensor | None, ...], Callable[[], None
     return results, graph.replay
 
 
+class _Slot:
+    """A graph's own memory for one argument."""
+
+    def __init__(self, given: Tensor) -> None:
+        self.own, self.given, self.version = given.detach().clone(), given, given._version
+
+    def take(self, given: Tensor) -> None:
+        # What stays from step to step, such as the images, is copied once.
+        if given is not self.given or given._version != self.version:
+            self.own.copy_(given.detach())
+            self.given, self.version = given, given._version
+
+
 @dataclass(frozen=True)
 class _Recording:
-    """One method on arguments of certain shapes: its own memory for arguments and results, and what computes them."""
+    """A function at arguments of certain shapes, with memory of its own for them and for the results."""
 
-    step: Step  # what it holds is part of the graph
-    arguments: tuple[Tensor, ...]
-    results: tuple[Tensor | None, ...]
+    slots: dict[int, _Slot]  # by the argument's place
+    results: Results
     replay: Callable[[], None]
 
     @classmethod
-    def make(cls, step: Step, method: str, arguments: tuple[Tensor, ...], capture: Capture) -> _Recording:
-        own = tuple(a.detach().clone() for a in arguments)
-        run = getattr(step, method)
+    def make(cls, function: Callable[..., Any], arguments: tuple[Any, ...], capture: Capture) -> _Recording:
+        slots = {i: _Slot(a) for i, a in enumerate(arguments) if isinstance(a, Tensor)}
+        own = [slots[i].own if i in slots else a for i, a in enumerate(arguments)]
+        with torch.cuda.device_of(next(iter(slots.values())).own):
+            return cls(slots, *capture(lambda: function(*own)))
 
-        def call() -> tuple[Tensor | None, ...]:
-            found = run(*own)
-            return found if isinstance(found, tuple) else (found,)
-
-        with torch.cuda.device_of(own[0]):
-            return cls(step, own, *capture(call))
-
-    def __call__(self, arguments: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        for own, given in zip(self.arguments, arguments, strict=True):
-            own.copy_(given.detach())
+    def __call__(self, arguments: tuple[Any, ...]) -> Results:
+        for i, slot in self.slots.items():
+            slot.take(arguments[i])
         self.replay()
-        return tuple(None if r is None else r.clone() for r in self.results)
+        # New tensors on the same memory: given back as an argument, the slot must see that they have changed.
+        if isinstance(self.results, Tensor):
+            return self.results.detach()
+        return tuple(None if r is None else r.detach() for r in self.results)
 
 
-class GraphedStep:
-    """A :class:`ddpp.dual.Step` whose methods are captured once for arguments of the same shapes, and replayed.
+class Graphs:
+    """Functions of tensors, captured once for arguments of the same shapes, and replayed.
 
-    Results are copies: they stay as they are at the next call. Beyond :data:`MOST_GRAPHS` combinations of shapes, and
-    after a capture that failed, arguments of new shapes are computed without a graph.
+    A function must change nothing, and neither wait for the GPU nor look at a value there. Beyond :data:`MOST_GRAPHS`
+    combinations of shapes, and after a capture that failed, it is called plainly.
 
     Args:
-        build: makes the step. Each graph has a step of its own, so that none finds another's memory changed.
         capture: another way to capture and replay.
     """
 
-    def __init__(self, build: Callable[[], Step], capture: Capture = cuda_graph) -> None:
-        self.build, self.capture = build, capture
-        self.plain = build()
+    def __init__(self, capture: Capture = cuda_graph) -> None:
+        self.capture = capture
         self._recordings: dict[tuple[Any, ...], _Recording] = {}
         self._works = True
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """As the step's."""
-        recording = self._recording("gradient", theta, images, labels)
-        return recording((theta, images, labels))[0] if recording else self.plain.gradient(theta, images, labels)
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The function's results, without gradients. A later call of it may overwrite them.
 
-    def adjoint(self, theta: Tensor, adjoint: Tensor, images: Tensor, labels: Tensor) -> StepAdjoint:
-        """As the step's."""
-        arguments = theta, adjoint, images, labels
-        recording = self._recording("adjoint", *arguments)
-        return StepAdjoint(*recording(arguments)) if recording else self.plain.adjoint(*arguments)
+        Arguments that are no tensors must be hashable; they are part of the graph.
+        """
+        recording = self._recording(function, arguments)
+        return recording(arguments) if recording else function(*arguments)
 
-    def _recording(self, method: str, *arguments: Tensor) -> _Recording | None:
-        key = method, *((a.shape, a.dtype, a.device) for a in arguments)
+    def _recording(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> _Recording | None:
+        key = function, *((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in arguments)
         if key not in self._recordings and self._works and len(self._recordings) < MOST_GRAPHS:
             try:
-                self._recordings[key] = _Recording.make(self.build(), method, arguments, self.capture)
+                self._recordings[key] = _Recording.make(function, arguments, self.capture)
             except RuntimeError as error:
                 self._works = False
                 reason = str(error).splitlines()[0]
-                warnings.warn(f"ddpp: student steps run without CUDA graphs: {reason}", RuntimeWarning, stacklevel=3)
+                warnings.warn(f"ddpp: inner steps run without CUDA graphs: {reason}", RuntimeWarning, stacklevel=3)
         return self._recordings.get(key)

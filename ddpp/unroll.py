@@ -28,10 +28,11 @@ from torch.autograd import grad
 
 from ddpp.dual import ConvNetStep, Step, StepAdjoint
 from ddpp.errors import UserError, nearest
-from ddpp.gpu import GraphedStep
+from ddpp.gpu import Graphs
 from ddpp.models import Network, flat
 from ddpp.ops import dsa_augment, masked_match_loss, norm_relu_pool
 from ddpp.ops.convnet import TILES
+from ddpp.ops.dsa import dsa_adjoint
 from ddpp.pruning import Distance
 
 
@@ -109,7 +110,7 @@ def _halves(module: nn.Module) -> bool:
 PROVIDERS = ("auto", "autograd", "fused", "dual")
 
 
-def provider(network: nn.Module, name: str = "auto", *, tile: int = 2, graphs: bool = False) -> Step:
+def provider(network: nn.Module, name: str = "auto", *, tile: int = 2) -> Step:
     """What computes a student step and its adjoint. Built once, it keeps its buffers from one unroll to the next.
 
     Args:
@@ -118,7 +119,6 @@ def provider(network: nn.Module, name: str = "auto", *, tile: int = 2, graphs: b
             ReLU and pooling as one operator; ``dual``, the ConvNet's step written out on dual numbers
             (:mod:`ddpp.dual`), several times faster; ``auto``, the last one that suits the network.
         tile: side of the Winograd tiles that ``dual`` convolves with on the CPU: 2, 4 (faster, less exact) or 0, none.
-        graphs: capture the steps as CUDA graphs if the network is on a GPU; see :class:`ddpp.gpu.GraphedStep`.
 
     Raises:
         UserError: an unknown name or tile, or ``dual`` for a network of other blocks.
@@ -134,13 +134,50 @@ def provider(network: nn.Module, name: str = "auto", *, tile: int = 2, graphs: b
             "pooling; give 'auto' or 'fused' for this network"
         )
 
-    def build() -> Step:
-        if isinstance(network, Network) and suits and name in ("auto", "dual"):
-            return ConvNetStep(network, tile)
-        return AutogradStep(network if name == "autograd" else _with_fused_blocks(network))
+    if isinstance(network, Network) and suits and name in ("auto", "dual"):
+        return ConvNetStep(network, tile)
+    return AutogradStep(network if name == "autograd" else _with_fused_blocks(network))
 
-    on_gpu = any(p.is_cuda for p in network.parameters())
-    return GraphedStep(build) if graphs and on_gpu else build()
+
+def _augmented(images: Tensor, plan: Tensor | None, fused: bool) -> Tensor:
+    return images if plan is None else dsa_augment(images, plan, fused=fused)
+
+
+def _forward(
+    step: Step,
+    fused: bool,
+    theta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    batch: Tensor,
+    plan: Tensor | None,
+) -> Tensor:
+    """An inner step's parameters from those before it. [P]"""
+    gradient = step.gradient(theta, _augmented(images[batch], plan, fused), labels[batch])
+    return torch.addcmul(theta, gradient, lr, value=-1)
+
+
+def _backward(
+    step: Step,
+    fused: bool,
+    theta: Tensor,
+    adjoint: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    batch: Tensor,
+    plan: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dL/dtheta [P] before an inner step from that after it, and what it adds to -dL/dX, -dL/dlr and -dL/dy.
+
+    The last three: [n, C, H, W], [], and [n, K] or None.
+    """
+    augmented = _augmented(images[batch], plan, fused)
+    found = step.adjoint(theta, adjoint, augmented, labels[batch])
+    d_images = found.images if plan is None else dsa_adjoint(found.images, plan, fused=fused)
+    d_labels = None if found.labels is None else lr * found.labels
+    return torch.addcmul(adjoint, found.theta, lr, value=-1), lr * d_images, found.phi, d_labels
 
 
 def _cross_entropy(network: nn.Module, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -164,16 +201,20 @@ class _Unroll(NamedTuple):
     step: Step
     checkpoint_every: int
     distance: Distance | None
+    graphs: Graphs | None = None
 
-    def augmented(self, images: Tensor, step: int) -> Tensor:
-        """An inner step's batch of images under its plan."""
-        plan = self.plans[step]
-        return images if plan is None else dsa_augment(images, plan, fused=self.fused)
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """What an inner step takes besides parameters: the set, the step size, its indices and its plan."""
+        return self.images, self.labels, self.lr, self.batches[step], self.plans[step]
 
     def next(self, theta: Tensor, step: int) -> Tensor:
-        batch = self.batches[step]
-        gradient = self.step.gradient(theta, self.augmented(self.images[batch], step), self.labels[batch])
-        return torch.addcmul(theta, gradient, -self.lr)
+        arguments = self.step, self.fused, theta, *self.batch(step)
+        return self.graphs(_forward, *arguments).clone() if self.graphs else _forward(*arguments)
+
+    def back(self, theta: Tensor, adjoint: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """See :func:`_backward`; with graphs, the next call overwrites the results."""
+        arguments = self.step, self.fused, theta, adjoint, *self.batch(step)
+        return self.graphs(_backward, *arguments) if self.graphs else _backward(*arguments)
 
     def match(self, end: Tensor) -> tuple[Tensor, Tensor]:
         if self.distance is not None:
@@ -213,6 +254,7 @@ def matching_gradients(
     checkpoint_every: int = 1,
     distance: Distance | None = None,
     nearest_step: bool = False,
+    graphs: Graphs | None = None,
 ) -> Matching:
     """Loss and exact gradients of matching a teacher's trajectory (DDPP, arXiv 2209.14609, equations 1 to 8).
 
@@ -236,6 +278,8 @@ def matching_gradients(
         distance: another distance than DDPP's, from (end, target, start) to (loss, kept); see :mod:`ddpp.pruning`.
         nearest_step: match after the inner step that is nearest to the target by L1, the later one of equals; the
             gradient is of the steps up to it (ATT, arXiv 2407.14245).
+        graphs: holds the ``adjoint`` engine's inner steps as CUDA graphs, from one call to the next; needs ``fused``
+            and the same ``step`` at each call.
 
     Returns:
         First-order quantities without a graph: the loss, its gradients by images, step size and soft labels, the number
@@ -246,7 +290,7 @@ def matching_gradients(
     """
     unroll = _checked(
         network, start, target, images, labels, lr, batches, plans, epsilon, fused, step, checkpoint_every, distance
-    )
+    )._replace(graphs=graphs)
     unroll = unroll.until_nearest() if nearest_step else unroll
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}{nearest(engine, ENGINES)} Known: {', '.join(ENGINES)}")
@@ -257,7 +301,7 @@ def _unrolled(u: _Unroll) -> Matching:
     (images, labels), lr = u.leaves(), u.lr.detach().requires_grad_()
     theta = u.start.detach().requires_grad_()
     for step, batch in enumerate(u.batches):
-        loss = _cross_entropy(u.network, theta, u.augmented(images[batch], step), labels[batch])
+        loss = _cross_entropy(u.network, theta, _augmented(images[batch], u.plans[step], u.fused), labels[batch])
         theta = theta - lr * grad(loss, theta, create_graph=True)[0]
     loss, kept = u.match(theta)
     d_lr, d_images, *d_labels = grad(loss, [lr, *_learned(images, labels)])
@@ -277,17 +321,13 @@ def _adjoint(u: _Unroll, *, exact: bool = True) -> Matching:
     d_lr = torch.zeros_like(u.lr)
     d_images, d_labels = torch.zeros_like(u.images), torch.zeros_like(u.labels)
     for step, theta in _backwards(u, checkpoints):
-        batch = u.batches[step]
-        images = u.images[batch].detach().requires_grad_()
-        augmented = u.augmented(images, step)
-        parts = u.step.adjoint(theta, adjoint, augmented.detach(), u.labels[batch])
-        d_batch = parts.images if augmented is images else grad(augmented, images, parts.images)[0]
-        d_images.index_add_(0, batch, -u.lr * d_batch)
-        if parts.labels is not None:
-            d_labels.index_add_(0, batch, -u.lr * parts.labels)
-        d_lr -= parts.phi
+        before, of_images, phi, of_labels = u.back(theta, adjoint, step)
+        d_images.index_add_(0, u.batches[step], of_images, alpha=-1)
+        if of_labels is not None:
+            d_labels.index_add_(0, u.batches[step], of_labels, alpha=-1)
+        d_lr -= phi
         if exact:
-            adjoint = torch.addcmul(adjoint, parts.theta, -u.lr)
+            adjoint = before
     learned = d_labels if u.labels.is_floating_point() else None
     return Matching(loss.detach(), d_images, d_lr, learned, kept, end.detach())
 
@@ -350,7 +390,7 @@ def _checked(
         raise UserError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
     drawn = list(plans) if plans is not None else [None] * len(batches)
     step = step or provider(network, "auto" if fused else "autograd")
-    lr = lr.detach()
+    images, labels, lr = images.detach(), labels.detach(), lr.detach()
     return _Unroll(
         network, start, target, images, labels, lr, batches, drawn, epsilon, fused, step, checkpoint_every, distance
     )

@@ -1,5 +1,6 @@
 """Graphs of student steps, with a stand-in that calls again in place of a GPU, and steps that nobody waits for."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpp import distill
 from ddpp.config import DistillConfig
-from ddpp.dual import Step, StepAdjoint
-from ddpp.gpu import MOST_GRAPHS, GraphedStep, send
+from ddpp.gpu import MOST_GRAPHS, Graphs, Results, send
 from ddpp.methods import Update
 from ddpp.models import flat
 from ddpp.synthetic import Synthetic
@@ -25,116 +25,98 @@ class Recorder:
     def __init__(self) -> None:
         self.captured = 0
 
-    def __call__(self, call: Callable[[], tuple[Any, ...]]) -> tuple[tuple[Any, ...], Callable[[], None]]:
+    def __call__(self, call: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
         self.captured += 1
         results = call()
 
         def replay() -> None:
-            for kept, new in zip(results, call(), strict=True):
-                if kept is not None:
-                    kept.copy_(new)
+            for kept, new in zip(tensors(results), tensors(call()), strict=True):
+                kept.copy_(new)
 
-        for result in results:  # a capture computes nothing
-            if result is not None:
-                result.fill_(torch.nan)
+        for result in tensors(results):  # a capture computes nothing
+            result.detach().fill_(torch.nan)
         return results, replay
 
 
-def graphed(p: dict[str, Any], name: str) -> tuple[GraphedStep, Recorder]:
-    recorder = Recorder()
-    return GraphedStep(lambda: provider(p["network"], name), recorder), recorder
+def tensors(results: Results) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [r for r in results if r is not None]
 
 
 @pytest.mark.parametrize("name", ["dual", "autograd"])
 @pytest.mark.parametrize("soft", [False, True])
-def test_graphs_change_no_bit(name: str, soft: bool) -> None:
+@pytest.mark.parametrize("augmented", [True, False])
+def test_graphs_change_no_bit(name: str, soft: bool, augmented: bool) -> None:
     """Batches of two sizes, so that there are four graphs; the second unroll captures nothing."""
     p = problem(soft=soft)
     p["batches"] = [b if i % 2 else b[:3] for i, b in enumerate(p["batches"])]
-    p["plans"] = [plan if i % 2 else plan[:3] for i, plan in enumerate(p["plans"])]
-    step, recorder = graphed(p, name)
-    plain = provider(p["network"], name)
+    p["plans"] = [plan if i % 2 else plan[:3] for i, plan in enumerate(p["plans"])] if augmented else None
+    recorder, step = Recorder(), provider(p["network"], name)
+    graphs = Graphs(recorder)
     for _ in range(2):
-        wanted = matching_gradients(**p, step=plain)
-        for found, exact in zip(matching_gradients(**p, step=step), wanted, strict=True):
-            assert found is exact is None or torch.equal(found, exact)
+        wanted = matching_gradients(**p, step=step)
+        found = matching_gradients(**p, step=step, graphs=graphs)
+        kept = [None if t is None else t.clone() for t in found]
+        matching_gradients(**p | {"start": p["target"]}, step=step, graphs=graphs)
+        for result, first, exact in zip(found, kept, wanted, strict=True):
+            assert result is first is exact is None or (torch.equal(result, exact) and torch.equal(first, exact))
+            assert result is None or not result.requires_grad
         p["start"], p["images"] = p["start"] * 1.01, p["images"] + 0.1
+        p["lr"].mul_(1.1)
     assert recorder.captured == 4
 
 
-def arguments(p: dict[str, Any], n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return p["start"], p["target"], p["images"][:n], p["labels"][:n]
+def test_graphs_see_arguments_that_change_in_place_and_their_own_results() -> None:
+    recorder = Recorder()
+    graphs, held = Graphs(recorder), torch.ones(2)
 
+    def add(x: Tensor, y: Tensor, factor: int) -> tuple[Tensor, None]:
+        return x + factor * y, None
 
-def same(found: StepAdjoint, wanted: StepAdjoint) -> bool:
-    return all(a is b is None or torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-@pytest.mark.parametrize("name", ["dual", "autograd"])
-def test_results_stay_as_they_are(name: str) -> None:
-    p = problem(soft=True)
-    step, _ = graphed(p, name)
-    theta, adjoint, images, labels = arguments(p, 4)
-    first, gradient = step.adjoint(theta, adjoint, images, labels), step.gradient(theta, images, labels)
-    kept, kept_gradient = StepAdjoint(*(t.clone() for t in first if t is not None)), gradient.clone()
-    step.adjoint(theta + 1, adjoint * 2, images * 3, labels - 1)
-    step.gradient(theta + 1, images * 3, labels - 1)
-    assert same(first, kept) and torch.equal(gradient, kept_gradient)
+    result = torch.zeros(2)
+    for _ in range(3):
+        result, nothing = graphs(add, result, held, 2)
+        assert nothing is None
+    assert result.tolist() == [6, 6]
+    held.fill_(5)
+    result, _ = graphs(add, torch.zeros(2), held, 2)
+    assert result.tolist() == [10, 10] and recorder.captured == 1
+    result, _ = graphs(add, torch.zeros(2), held, 3)  # what is no tensor belongs to the graph
+    assert result.tolist() == [15, 15] and recorder.captured == 2
 
 
 def test_arguments_may_require_gradients() -> None:
     p = problem()
-    step, _ = graphed(p, "dual")
-    theta, adjoint, images, labels = arguments(p, 4)
-    wanted = provider(p["network"], "dual").adjoint(theta, adjoint, images, labels)
-    for _ in range(2):
-        found = step.adjoint(theta.clone().requires_grad_(), adjoint, images.clone().requires_grad_(), labels)
-        assert same(found, wanted) and not any(t.requires_grad for t in found if t is not None)
-
-
-def test_every_graph_has_a_step_of_its_own() -> None:
-    """A batch that makes a step's buffers grow must not take the memory of an earlier graph away."""
-    p, built = problem(), []
-
-    def build() -> Step:
-        built.append(provider(p["network"], "dual"))
-        return built[-1]
-
-    recorder = Recorder()
-    step = GraphedStep(build, recorder)
-    for n in (2, 6, 2, 4, 6):
-        step.adjoint(*arguments(p, n))
-    assert recorder.captured == 3 and len({id(s) for s in built}) == 3 + 1
+    step, graphs = provider(p["network"], "dual"), Graphs(Recorder())
+    wanted = matching_gradients(**p, step=step)
+    p["images"].requires_grad_(), p["lr"].requires_grad_()
+    found = matching_gradients(**p, step=step, graphs=graphs)
+    assert torch.equal(found.images, wanted.images) and not found.images.requires_grad
 
 
 def test_more_shapes_than_graphs() -> None:
-    p = problem()
-    step, recorder = graphed(p, "autograd")
-    plain = provider(p["network"], "autograd")
+    recorder = Recorder()
+    graphs = Graphs(recorder)
     for n in range(1, MOST_GRAPHS + 4):
-        theta, adjoint, _, _ = arguments(p, 1)
-        images, labels = p["images"][:1].repeat(n, 1, 1, 1), p["labels"][:1].repeat(n)
         for _ in range(2):
-            assert same(step.adjoint(theta, adjoint, images, labels), plain.adjoint(theta, adjoint, images, labels))
+            assert torch.equal(graphs(torch.neg, torch.ones(n)), -torch.ones(n))
     assert recorder.captured == MOST_GRAPHS
 
 
 def test_a_step_that_cannot_be_captured_is_computed_without() -> None:
     p = problem()
 
-    def refuses(call: Callable[[], tuple[Any, ...]]) -> Any:
+    def refuses(call: Callable[[], Results]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    step, plain = GraphedStep(lambda: provider(p["network"], "dual"), refuses), provider(p["network"], "dual")
+    step, graphs = provider(p["network"], "dual"), Graphs(refuses)
+    wanted = matching_gradients(**p, step=step)
     with pytest.warns(RuntimeWarning, match="run without CUDA graphs: operation not permitted when stream is captur"):
-        found = step.adjoint(*arguments(p, 4))
-    assert same(found, plain.adjoint(*arguments(p, 4)))
-    assert same(step.adjoint(*arguments(p, 3)), plain.adjoint(*arguments(p, 3)))  # and says so once
+        found = matching_gradients(**p, step=step, graphs=graphs)
+    assert torch.equal(found.images, wanted.images)
+    assert torch.equal(matching_gradients(**p, step=step, graphs=graphs).images, wanted.images)  # and says so once
 
 
-def test_without_a_gpu_there_are_no_graphs() -> None:
-    network = problem()["network"]
-    assert type(provider(network, graphs=True)) is type(provider(network))
+def test_on_the_cpu_nothing_is_pinned() -> None:
     tensor = torch.arange(3)
     assert send(tensor, torch.device("cpu")) is tensor
 
@@ -184,13 +166,14 @@ def test_captured_on_a_gpu(name: str, soft: bool) -> None:
     p = problem(soft=soft)
     p = {k: v.to(device) if isinstance(v, Tensor | torch.nn.Module) else v for k, v in p.items()}
     p["batches"] = [b.to(device) for b in p["batches"]]
-    step, plain = (provider(p["network"], name, graphs=graphs) for graphs in (True, False))
-    assert isinstance(step, GraphedStep)
-    wanted = matching_gradients(**p, step=plain)
-    matching_gradients(**p, step=step)
+    step, graphs = provider(p["network"], name), Graphs()
+    wanted = matching_gradients(**p, step=step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a capture that failed
+        matching_gradients(**p, step=step, graphs=graphs)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = matching_gradients(**p, step=step)
+        found = matching_gradients(**p, step=step, graphs=graphs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for got, exact in zip(found, wanted, strict=True):

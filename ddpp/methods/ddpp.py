@@ -8,7 +8,7 @@ from torch import Tensor
 from ddpp import augment, pruning, seeds
 from ddpp.config import Config, DistillConfig
 from ddpp.errors import UserError
-from ddpp.gpu import send
+from ddpp.gpu import Graphs, send
 from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.models import flat
 from ddpp.pruning import Importance
@@ -58,7 +58,9 @@ class DDPP:
         self.distance = pruning.distance(self.rule, layout, **bounds, fused=run.use_fused_kernels)
         self.keep = pruning.keep(self.rule, layout, **bounds)
         name = "auto" if run.use_fused_kernels else "autograd"
-        self.step = provider(problem.network, name, tile=run.winograd, graphs=run.cuda_graphs)
+        self.step = provider(problem.network, name, tile=run.winograd)
+        captured = run.cuda_graphs and run.use_fused_kernels and problem.device.type == "cuda"
+        self.graphs = Graphs() if captured else None
 
     def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
         settings, problem = self.problem.config.distill, self.problem
@@ -81,6 +83,7 @@ class DDPP:
             checkpoint_every=settings.keep_every,
             distance=importance.distance if importance else self.distance,
             nearest_step=settings.nearest_step,
+            graphs=self.graphs,
         )
         kept, note = result.kept / len(start), {"teacher": index, "start": epoch}
         learned = {_IMPORTANCE: importance.learned(settings.lr_importance)} if importance else {}

@@ -21,7 +21,7 @@ float64 by 2.0e-7 of its length at m = 2 and by 1.4e-6 at m = 4. Elsewhere the v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -130,6 +130,9 @@ def adjoint(
 
 
 # ---- the meaning, in plain torch around the fused normalisation; also what runs on a GPU ----
+#
+# There a step on few images takes as long as its kernels are many: what belongs together is stacked, and results are
+# written where they are wanted.
 
 _ARCHITECTURE = "int pad_y, int pad_x, int depth, int filters, float eps, int m, int parts"
 
@@ -151,6 +154,14 @@ class _Layers(NamedTuple):
             inputs = filters
         return cls(blocks, vector[:-classes].view(classes, -1), vector[-classes:])
 
+    def convolving(self) -> _Layers:
+        """The same with weights in the layout of the planes, so that no convolution converts them again."""
+        return self._replace(blocks=[(_channels_last(weight), scale, shift) for weight, scale, shift in self.blocks])
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
 
 def _micro_batches(images: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     size = max(1, _MICRO_PIXELS // images[0, 0].numel()) if images.device.type == "cpu" else len(images)
@@ -161,8 +172,13 @@ def _padding(block: int, pad_y: int, pad_x: int) -> tuple[int, int]:
     return (1, 1) if block else (pad_y, pad_x)
 
 
-def _convolved(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
-    return F.conv2d(x.contiguous(memory_format=torch.channels_last), weight, padding=padding)
+def _summed(gradient: Tensor, run: Callable[..., None], *batch: Tensor) -> None:
+    """The sum over micro-batches of the gradients that ``run(gradient, *micro_batch)`` writes over zeros."""
+    for k, micro_batch in enumerate(_micro_batches(*batch)):
+        part = torch.zeros_like(gradient) if k else gradient.zero_()
+        run(part, *micro_batch)
+        if k:
+            gradient.add_(part)
 
 
 def _convolution_backward(
@@ -175,8 +191,9 @@ def _convolution_backward(
     return found[0], found[1]
 
 
-def _inner(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(1, keepdim=True)  # [n, 1]
+def _softmax_backward(grad: Tensor, probabilities: Tensor, out: Tensor) -> None:
+    """out = p (grad - <p, grad>). [n, K]"""
+    torch.ops.aten._softmax_backward_data.out(grad, probabilities, 1, grad.dtype, grad_input=out)
 
 
 @define(f"convnet_logits(Tensor theta, Tensor images, {_ARCHITECTURE}, Tensor(a!) logits) -> ()")
@@ -192,10 +209,11 @@ def _logits(
     parts: int,
     logits: Tensor,
 ) -> None:
-    layers = _Layers.of(theta, images.shape[1], depth, filters, logits.shape[1])
+    layers = _Layers.of(theta, images.shape[1], depth, filters, logits.shape[1]).convolving()
     for x, out in _micro_batches(images, logits):
+        x = _channels_last(x)
         for k, (weight, scale, shift) in enumerate(layers.blocks):
-            y = _convolved(x, weight, _padding(k, pad_y, pad_x))
+            y = F.conv2d(x, weight, padding=_padding(k, pad_y, pad_x))
             x = norm_pool.norm_relu_pool_forward(y, scale, shift, eps).out
         out.copy_(torch.addmm(layers.bias, x.flatten(1), layers.weight.t()))
 
@@ -218,26 +236,37 @@ def _gradient(
     account: Tensor | None,
     gradient: Tensor,
 ) -> None:
-    size = images.shape[1], depth, filters, targets.shape[1]
-    layers, sums = _Layers.of(theta, *size), _Layers.of(gradient.zero_(), *size)
-    for x, target in _micro_batches(images, targets):
-        seen = []
-        for k, (weight, scale, shift) in enumerate(layers.blocks):
-            y = _convolved(x, weight, _padding(k, pad_y, pad_x))
-            out = norm_pool.norm_relu_pool_forward(y, scale, shift, eps)
-            seen.append((x, y, out.statistics))
-            x = out.out
-        features = x.flatten(1)
-        d_logits = (torch.addmm(layers.bias, features, layers.weight.t()).softmax(1) - target) / len(images)
-        sums.weight.addmm_(d_logits.t(), features)
-        sums.bias.add_(d_logits.sum(0))
-        grad = (d_logits @ layers.weight).view(x.shape)
-        for k in reversed(range(depth)):
-            (weight, scale, shift), (x, y, statistics) = layers.blocks[k], seen.pop()
-            back = norm_pool.norm_relu_pool_backward(grad, y, scale, shift, statistics)
-            grad, d_weight = _convolution_backward(back.y, x, weight, _padding(k, pad_y, pad_x), of=(k > 0, True))
-            for total, part in zip(sums.blocks[k], (d_weight, back.scale, back.shift), strict=True):
-                total.add_(part)
+    size, pad = (images.shape[1], depth, filters, targets.shape[1]), (pad_y, pad_x)
+    layers = _Layers.of(theta, *size).convolving()
+
+    def run(part: Tensor, x: Tensor, target: Tensor) -> None:
+        _gradient_of(_channels_last(x), target, len(images), layers, _Layers.of(part, *size), pad, eps)
+
+    _summed(gradient, run, images, targets)
+
+
+def _gradient_of(
+    x: Tensor, target: Tensor, n: int, layers: _Layers, sums: _Layers, pad: tuple[int, int], eps: float
+) -> None:
+    """Writes to ``sums`` what some of n images add to the gradient."""
+    seen = []
+    for k, (weight, scale, shift) in enumerate(layers.blocks):
+        y = F.conv2d(x, weight, padding=_padding(k, *pad))
+        out = norm_pool.norm_relu_pool_forward(y, scale, shift, eps)
+        seen.append((x, y, out.statistics))
+        x = out.out
+    features = x.flatten(1)
+    d_logits = (torch.addmm(layers.bias, features, layers.weight.t()).softmax(1) - target).div_(n)
+    torch.mm(d_logits.t(), features, out=sums.weight)
+    torch.sum(d_logits, 0, out=sums.bias)
+    grad = (d_logits @ layers.weight).view(x.shape)
+    for k in reversed(range(len(seen))):
+        (weight, scale, shift), (x, y, statistics) = layers.blocks[k], seen[k]
+        d_weight, d_scale, d_shift = sums.blocks[k]
+        back = norm_pool.Backward(torch.empty_like(y, memory_format=torch.channels_last), d_scale, d_shift)
+        norm_pool.norm_relu_pool_backward(grad, y, scale, shift, statistics, out=back)
+        grad, found = _convolution_backward(back.y, x, weight, _padding(k, *pad), of=(k > 0, True))
+        d_weight.copy_(found)
 
 
 @define(
@@ -262,67 +291,79 @@ def _adjoint(
     d_labels: Tensor,
     phi: Tensor,
 ) -> None:
-    size = images.shape[1], depth, filters, targets.shape[1]
-    layers, tangents, sums = (_Layers.of(v, *size) for v in (theta, tangent, gradient.zero_()))
+    size, pad, n = (images.shape[1], depth, filters, targets.shape[1]), (pad_y, pad_x), len(images)
+    layers, tangents = (_Layers.of(v, *size).convolving() for v in (theta, tangent))
     phi.zero_()
-    for x, target, d_x, d_label in _micro_batches(images, targets, d_images, d_labels):
-        dual, seen = _dual_forward(x, layers, tangents, (pad_y, pad_x), eps)
-        (value, along), n = (face.flatten(1) for face in dual), len(images)
+
+    def run(part: Tensor, x: Tensor, target: Tensor, d_x: Tensor, d_label: Tensor) -> None:
+        sums = _Layers.of(part, *size)
+        faces, seen = _dual_forward(_channels_last(x), layers, tangents, pad, eps)
+        features = faces.flatten(1)
+        value, along = features.chunk(2)
         logits_tangent = torch.addmm(tangents.bias, along, layers.weight.t()).addmm_(value, tangents.weight.t())
         softmax = torch.addmm(layers.bias, value, layers.weight.t()).softmax(1)
-        by_tangent = (softmax - target) / n
-        by_value = softmax * (logits_tangent - _inner(softmax, logits_tangent)) / n
+        cotangents = target.new_empty(2 * len(x), target.shape[1])  # [2 n, K]
+        by_value, by_tangent = cotangents.chunk(2)
+        _softmax_backward(logits_tangent, softmax, out=by_value)
+        torch.sub(softmax, target, out=by_tangent)
+        cotangents.div_(n)
         phi.add_((by_tangent * logits_tangent).sum())
-        d_label.copy_(target * (_inner(target, logits_tangent) - logits_tangent) / n)
-        sums.weight.addmm_(by_value.t(), value).addmm_(by_tangent.t(), along)
-        sums.bias.add_(by_value.sum(0))
-        grads = (by_value @ layers.weight).addmm_(by_tangent, tangents.weight), by_tangent @ layers.weight
-        shape = dual[0].shape
-        d_x.copy_(
-            _dual_backward((grads[0].view(shape), grads[1].view(shape)), layers, tangents, sums, seen, (pad_y, pad_x))
-        )
+        _softmax_backward(logits_tangent, target, out=d_label)
+        d_label.div_(-n)
+        torch.mm(cotangents.t(), features, out=sums.weight)
+        torch.sum(by_value, 0, out=sums.bias)
+        grads = cotangents @ layers.weight
+        grads[: len(x)].addmm_(by_tangent, tangents.weight)
+        d_x.copy_(_dual_backward(_channels_last(grads.view(faces.shape)), layers, tangents, sums, seen, pad))
+
+    _summed(gradient, run, images, targets, d_images, d_labels)
 
 
-#: Values and tangents, one after the other.
-Faces = tuple[Tensor, Tensor]
+# Dual numbers are stacked: n values, then n tangents.
+
+
+def _stacked(n: int, y: Tensor, height: int, width: int) -> Tensor:
+    """Memory for 2 n planes of another size than y's. [2 n, C, height, width]"""
+    size = 2 * n, y.shape[1], height, width
+    return torch.empty(size, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
 
 
 def _dual_forward(
     images: Tensor, layers: _Layers, tangents: _Layers, pad: tuple[int, int], eps: float
-) -> tuple[Faces, list[tuple[Tensor, Faces, Tensor]]]:
-    """The last pooled planes, and of each block its input, stacked, the planes and the statistics."""
-    x, seen = images, []
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """The last pooled planes, stacked, and of each block its input, stacked, planes, their tangents and statistics."""
+    x, n, seen = images, len(images), []  # the images' tangent is 0: it is left out
     for k, ((weight, scale, shift), along) in enumerate(zip(layers.blocks, tangents.blocks, strict=True)):
         padding = _padding(k, *pad)
-        n = len(x) // 2 if k else len(x)
-        y = _convolved(x, weight, padding)
-        by_tangent = _convolved(x[:n], along[0], padding)
-        faces = (y[:n], y[n:] + by_tangent) if k else (y, by_tangent)
-        out = norm_pool.norm_relu_pool_dual(*faces, scale, along[1], shift, along[2], eps)
-        seen.append((x, faces, out.statistics))
-        x = torch.cat([out.out, out.out_tangent])
-    n = len(images)
-    return (x[:n], x[n:]), seen
+        both, by_tangent = F.conv2d(x, weight, padding=padding), F.conv2d(x[:n], along[0], padding=padding)
+        y, y_tangent = (both[:n], both[n:].add_(by_tangent)) if k else (both, by_tangent)
+        pooled = _stacked(n, y, y.shape[2] // 2, y.shape[3] // 2)
+        out = norm_pool.Dual(pooled[:n], pooled[n:], scale.new_empty(norm_pool.DUAL_STATISTICS, *y.shape[:2]))
+        norm_pool.norm_relu_pool_dual(y, y_tangent, scale, along[1], shift, along[2], eps, out=out)
+        seen.append((x, y, y_tangent, out.statistics))
+        x = pooled
+    return x, seen
 
 
 def _dual_backward(
-    grads: Faces,
+    grads: Tensor,
     layers: _Layers,
     tangents: _Layers,
     sums: _Layers,
-    seen: list[tuple[Tensor, Faces, Tensor]],
+    seen: list[tuple[Tensor, Tensor, Tensor, Tensor]],
     pad: tuple[int, int],
 ) -> Tensor:
-    """The gradient of the images from that of the last pooled planes; those of parameters are added to ``sums``."""
-    for k in reversed(range(len(layers.blocks))):
-        (weight, scale, shift), along, (x, faces, statistics) = layers.blocks[k], tangents.blocks[k], seen.pop()
-        padding = _padding(k, *pad)
-        back = norm_pool.norm_relu_pool_dual_backward(*grads, *faces, scale, along[1], shift, statistics)
-        n = len(back.y)
-        stacked = torch.cat([back.y, back.y_tangent]) if k else back.y  # the images' tangent is 0
-        d_x, d_weight = _convolution_backward(stacked, x, weight, padding, of=(True, True))
+    """The gradient of the images from that of the last pooled planes; those of parameters are written to ``sums``."""
+    for k in reversed(range(len(seen))):
+        (weight, scale, shift), along, (x, y, y_tangent, statistics) = layers.blocks[k], tangents.blocks[k], seen[k]
+        (d_weight, d_scale, d_shift), n, padding = sums.blocks[k], len(y), _padding(k, *pad)
+        planes = _stacked(n, y, *y.shape[2:])
+        back = norm_pool.DualBackward(planes[:n], planes[n:], d_scale, d_shift)
+        norm_pool.norm_relu_pool_dual_backward(
+            grads[:n], grads[n:], y, y_tangent, scale, along[1], shift, statistics, out=back
+        )
+        grads, found = _convolution_backward(planes if k else back.y, x, weight, padding, of=(True, True))
         through, _ = _convolution_backward(back.y_tangent, x[:n], along[0], padding, of=(True, False))
-        grads = d_x[:n] + through, d_x[n:]
-        for total, part in zip(sums.blocks[k], (d_weight, back.scale, back.shift), strict=True):
-            total.add_(part)
-    return grads[0]
+        grads[:n].add_(through)
+        d_weight.copy_(found)
+    return grads

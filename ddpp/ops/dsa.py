@@ -81,6 +81,16 @@ def dsa_augment(images: Tensor, plan: Tensor, *, fused: bool = True) -> Tensor:
     return result
 
 
+def dsa_adjoint(grad: Tensor, plan: Tensor, *, fused: bool = True) -> Tensor:
+    """The gradient of the images from that of :func:`dsa_augment`'s result. Autograd does not record it.
+
+    Args:
+        grad: as the images there. [N, C, H, W]
+        plan, fused: as there.
+    """
+    return ops().dsa_adjoint.default(grad, plan) if fused else _fresh(_adjoint(grad, plan), grad)
+
+
 def _check(images: Tensor, plan: Tensor, fused: bool) -> None:
     shape = images.shape
     if len(shape) != 4:
