@@ -41,8 +41,16 @@ from ddpp.unroll import Matching, matching_gradients, provider
 Side = Callable[[], object]
 ROUNDS = 15
 CACHE = 256 * 2**20  # bytes, larger than any second-level cache
+AHEAD = 2_000_000  # cycles of the device, about a millisecond
 KERNELS = 15  # of a profile, the slowest ones
 OUTER_STEPS = {"IPC 1, J = 50": Case(1, 10, 50), "batch 100, J = 30": Case(10, 100, 30)}
+#: Of an outer step: TF32, and the fastest of the vendor's algorithms searched for each shape.
+SETTINGS = {
+    "float32": (False, False),
+    "float32, algorithms searched": (False, True),
+    "TF32": (True, False),
+    "TF32, algorithms searched": (True, True),
+}
 SMALL_OUTER_STEPS = {"IPC 1, J = 2": Case(1, 10, 2)}
 
 
@@ -53,24 +61,27 @@ class Clock:
         self.device = device
         self.cache = torch.empty(2**20 if small else CACHE, dtype=torch.uint8, device=device)
 
-    def __call__(self, call: Side) -> float:
+    def __call__(self, call: Side, ahead: bool) -> float:
         self.cache.zero_()
         if self.device.type != "cuda":
             began = time.perf_counter()
             call()
             return 1e3 * (time.perf_counter() - began)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if ahead:
+            torch.cuda._sleep(AHEAD)
         begin.record()
         call()
         end.record()
         end.synchronize()
         return float(begin.elapsed_time(end))
 
-    def medians(self, sides: dict[str, Side], rounds: int = ROUNDS) -> dict[str, float]:
+    def medians(self, sides: dict[str, Side], rounds: int = ROUNDS, ahead: bool = True) -> dict[str, float]:
+        """By side; with ``ahead`` the device begins when the host has launched most of a call, and waits for nobody."""
         for call in sides.values():
             call()
             call()
-        found = [{name: self(call) for name, call in sides.items()} for _ in range(rounds)]
+        found = [{name: self(call, ahead) for name, call in sides.items()} for _ in range(rounds)]
         return {name: statistics.median(row[name] for row in found) for name in sides}
 
 
@@ -169,18 +180,20 @@ def outer_steps(clock: Clock, small: bool) -> Iterator[tuple[dict[str, Any], dic
     for name, case in (SMALL_OUTER_STEPS if small else OUTER_STEPS).items():
         problem = {key: _moved(value, device) for key, value in case.problem().items()}
         exact = matching_gradients(**_in_float64(problem), engine="unrolled", fused=False)
-        for precision, tf32 in (("float32", False), ("TF32", True)):
+        for precision, (tf32, searched) in SETTINGS.items():
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+            torch.backends.cudnn.benchmark = searched
             memory = _peaks(_sides(problem), device)
             sides = {side: make() for side, make in _sides(problem).items()}
             row = {
                 "case": f"outer step, {name}, {precision}",
-                "ms": clock.medians(sides, 1 if small else 5),
+                "ms": clock.medians(sides, 1 if small else 5, ahead=False),
                 "memory_mb": memory,
                 "one_minus_cosine": {side: _turned(call(), exact) for side, call in sides.items()},
             }
             yield row, {f"{row['case']}, {side}": by_kernel(sides[side], device) for side in ("pytorch", "fused")}
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.benchmark = False
 
 
 def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Matching]]]:
@@ -199,7 +212,7 @@ def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Match
 
 
 def by_kernel(call: Side, device: torch.device) -> list[dict[str, Any]]:
-    """The kernels that take most of a call: name, how often, milliseconds in all and their share."""
+    """All kernels of a call, and those that take most of it: name, how often, milliseconds in all and their share."""
     on_gpu = device.type == "cuda"
     call()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
@@ -211,7 +224,7 @@ def by_kernel(call: Side, device: torch.device) -> list[dict[str, Any]]:
         for event in profiler.key_averages()
     ]
     total = sum(time_ for time_, _, _ in found) or 1.0
-    slowest = sorted(found, reverse=True)[:KERNELS]
+    slowest = [(total, sum(n for _, n, _ in found), "all"), *sorted(found, reverse=True)[:KERNELS]]
     return [{"kernel": key, "calls": n, "ms": time_ / 1e3, "share": time_ / total} for time_, n, key in slowest]
 
 
