@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/buffer.h"
 #include "kernels/norm_pool.h"
 #include "kernels/winograd.h"
 
@@ -26,13 +27,12 @@ class Workspace {
  public:
   explicit Workspace(double* account) : account_(account) {}
   T* take(ConvNetAccount what, int64_t values) {
-    constexpr int64_t line = 64 / sizeof(T);
     account_[what] += static_cast<double>(sizeof(T) * values);
-    thread_local std::vector<std::vector<T>> held;
+    thread_local std::vector<Buffer<T>> held;
     if (next_ == held.size()) held.emplace_back();
-    std::vector<T>& memory = held[next_++];
-    if (static_cast<int64_t>(memory.size()) < values + line) memory = std::vector<T>(values + line);
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+    Buffer<T>& memory = held[next_++];
+    if (memory.size() < values) memory = Buffer<T>(values);
+    return memory.get();
   }
 
  private:

@@ -1,9 +1,6 @@
 // What AVX-512 does better for float32 images; included inside the namespace of the CPU's kernels, after
 // their plain forms. The arithmetic is that of the plain forms, operation by operation.
 
-#define DDPP_LAMBDA __attribute__((always_inline))
-#define DDPP_UNROLL _Pragma("GCC unroll 4")
-
 using Pixels = Packed<float, 3>::Pixel;
 using Values = float __attribute__((vector_size(64)));
 using Whole = int __attribute__((vector_size(64)));

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #endif
 
+#include "kernels/buffer.h"
 #include "kernels/dsa_plan.h"
 #include "kernels/isa_target.h"
 
@@ -25,23 +26,6 @@ constexpr int kBorder = 4;
 constexpr int kTaps = 3;              // output pixels that one input pixel reaches in the separable adjoint
 constexpr int64_t kTask = 8192;       // values worth a thread
 constexpr int64_t kPrefetch = 65536;  // bytes of the next image that are fetched early
-
-// Values from the beginning of a cache line on, at first 0. What is stored by whole registers is then read by
-// them without waiting for the cache.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t values) : lines_(new Line[(values + kLine - 1) / kLine]()) {}
-  T* get() const { return lines_[0].values; }
-  void swap(Buffer& other) { lines_.swap(other.lines_); }
-
- private:
-  static constexpr int kLine = 64 / sizeof(T);
-  struct alignas(64) Line {
-    T values[kLine];
-  };
-  std::unique_ptr<Line[]> lines_;
-};
 
 // ---- colour ----
 

@@ -27,6 +27,18 @@
 
 #define DDPP_ALWAYS_INLINE inline __attribute__((always_inline))
 
+// For kernels whose speed needs loops over registers unrolled, through all functions and lambdas. Inlined,
+// the sanitizers' checks take minutes to compile.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define DDPP_INLINE inline __attribute__((noinline))
+#define DDPP_LAMBDA __attribute__((noinline))
+#define DDPP_UNROLL
+#else
+#define DDPP_INLINE DDPP_ALWAYS_INLINE
+#define DDPP_LAMBDA __attribute__((always_inline))
+#define DDPP_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 #if defined(__clang__) && !defined(DDPP_ISA_base)
 #define DDPP_ISA_END _Pragma("clang attribute pop")
 #else

@@ -10,14 +10,6 @@
 
 #include "kernels/isa_target.h"
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define DDPP_INLINE inline __attribute__((noinline))  // inlined, the checks take minutes to compile
-#define DDPP_LAMBDA __attribute__((noinline))
-#else
-#define DDPP_INLINE inline __attribute__((always_inline))
-#define DDPP_LAMBDA __attribute__((always_inline))
-#endif
-
 namespace ddpp {
 namespace DDPP_ISA {
 namespace {

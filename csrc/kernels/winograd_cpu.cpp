@@ -2,23 +2,13 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+#include "kernels/buffer.h"
 #include "kernels/isa_target.h"
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define DDPP_INLINE inline __attribute__((noinline))  // inlined, the checks take minutes to compile
-#define DDPP_LAMBDA __attribute__((noinline))
-#define DDPP_UNROLL
-#else
-#define DDPP_INLINE DDPP_ALWAYS_INLINE
-#define DDPP_LAMBDA __attribute__((always_inline))
-#define DDPP_UNROLL _Pragma("GCC unroll 8")
-#endif
 
 namespace ddpp {
 namespace DDPP_ISA {
@@ -229,14 +219,12 @@ void write_tile(const Grid<m>& grid, const T* from, int64_t stride, int64_t tile
   });
 }
 
-// Memory of this thread, aligned to a cache line; kept, since fresh pages would cost more than the work in
-// it.
+// Memory of this thread; kept, since fresh pages would cost more than the work in it.
 template <class T>
 T* thread_scratch(int64_t values) {
-  constexpr int64_t line = 64 / sizeof(T);
-  thread_local std::vector<T> held;
-  if (static_cast<int64_t>(held.size()) < values + line) held.resize(values + line);
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(held.data()) + 63) & ~uintptr_t{63});
+  thread_local Buffer<T> held;
+  if (held.size() < values) held = Buffer<T>(values);
+  return held.get();
 }
 
 template <class T, int m>
