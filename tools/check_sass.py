@@ -2,8 +2,9 @@
 
     python tools/check_sass.py ddpp/_cuda.abi3.so --arch sm_90
 
-Ends with 1 when a kernel spills, uses too many registers, does no 16-byte load although its name promises it
-(<float, 4> and <double, 2> are an element type and the elements of a pack), or stores floats one by one there.
+Ends with 1 when a kernel spills, uses too many registers, loads mostly less than the 16 bytes that its name promises
+(<float, 4> and <double, 2> are an element type and the elements of a pack; 8 bytes for <Bfloat16, 4>), or stores values
+of at most 4 bytes one by one there.
 Needs cuobjdump and nvdisasm: from the CUDA toolkit, from the triton wheel that CUDA builds of torch bring
 along, or pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm.
 """
@@ -20,7 +21,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
-WIDE = ("float, (int)4", "double, (int)2", "float, 4", "double, 2")
+#: Which loads are as wide as the packs of a kernel, and which are narrower.
+PACKS = {
+    "float, 4": ("LDG128", ("LDG", "LDG64")),
+    "double, 2": ("LDG128", ("LDG", "LDG64")),
+    "Bfloat16, 4": ("LDG64", ("LDG",)),
+}
 
 
 def tool_folder() -> Path:
@@ -72,6 +78,14 @@ def readable(name: str) -> str:
     return re.sub(r"(>|\w)\((?!int\)).*$", r"\1", text)
 
 
+def narrow(name: str, row: dict[str, int]) -> bool:
+    """Whether a kernel that works on packs loads or stores them in parts."""
+    for pack, (whole, parts) in PACKS.items():
+        if f"<{pack}" in name.replace("(int)", ""):
+            return row.get(whole, 0) <= sum(row.get(part, 0) for part in parts) or "STG" in row
+    return False
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("library")
@@ -85,12 +99,11 @@ def main() -> None:
     for name, row in sorted(kernels.items(), key=lambda item: readable(item[0])):
         short = readable(name)
         spills = row["LOCAL"] or row["STACK"] or row.get("SPILL")
-        narrow = any(f"<{wide}" in short for wide in WIDE) and (not row.get("LDG128") or "STG" in row)
-        verdict = "spills" if spills else "narrow" if narrow else "ok"
+        verdict = "spills" if spills else "narrow" if narrow(short, row) else "ok"
         if row["REG"] > arguments.max_registers:
             verdict = "registers"
         bad += verdict != "ok"
-        print(f"{verdict:10}{short:44}", " ".join(f"{key}={value}" for key, value in row.items() if key))
+        print(f"{verdict:10}{short:48}", " ".join(f"{key}={value}" for key, value in row.items() if key))
     sys.exit(bad > 0)
 
 

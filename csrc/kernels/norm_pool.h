@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/bfloat16.h"
 #include "kernels/isa.h"
 #include "kernels/queue.h"
 
@@ -27,33 +28,37 @@ struct Dual {
   T *value, *tangent;
 };
 
-// The launchers of one device; T is float or double. Pointers are to that device's memory and do not overlap,
-// but on the CPU grad_y may be y, so that planes in cache are written where they were read.
-// Launchers return the device's error code, 0 for success. Sums over images are in a fixed order.
-template <class T>
+// The launchers of one device. S is what planes are stored as: float, double or, on CUDA, Bfloat16; all else
+// is of type T, also the arithmetic, so that a result is rounded to S once, where it is stored. Pointers are
+// to that device's memory and do not overlap, but on the CPU grad_y may be y, so that planes in cache are
+// written where they were read. Launchers return the device's error code, 0 for success. Sums over images are
+// in a fixed order.
+template <class S>
 struct NormPool {
+  using T = Arithmetic<S>;
+
   // Bytes of scratch that the backward launchers need, aligned to 16; they need not be set.
   int64_t (*scratch_bytes)(const PlaneBatch& size);
 
   // out = pool(relu(normalised y * scale + shift))
-  int (*forward)(const T* y, const T* scale, const T* shift, double eps, const PlaneBatch& size, T* out,
+  int (*forward)(const S* y, const T* scale, const T* shift, double eps, const PlaneBatch& size, S* out,
                  T* statistics, const Queue& queue);
 
   // The products of the derivative of forward with grad_out.
-  int (*backward)(const T* grad_out, const T* y, const T* scale, const T* shift, const T* statistics,
-                  const PlaneBatch& size, void* scratch, T* grad_y, T* grad_scale, T* grad_shift,
+  int (*backward)(const S* grad_out, const S* y, const T* scale, const T* shift, const T* statistics,
+                  const PlaneBatch& size, void* scratch, S* grad_y, T* grad_scale, T* grad_shift,
                   const Queue& queue);
 
   // forward on dual numbers: the tangent of out is the derivative of forward times the tangents of y, scale,
   // shift.
-  int (*dual)(Dual<const T> y, Dual<const T> scale, Dual<const T> shift, double eps, const PlaneBatch& size,
-              Dual<T> out, T* statistics, const Queue& queue);
+  int (*dual)(Dual<const S> y, Dual<const T> scale, Dual<const T> shift, double eps, const PlaneBatch& size,
+              Dual<S> out, T* statistics, const Queue& queue);
 
   // The products of the derivative of dual with (grad_out.value, grad_out.tangent), the cotangents of out's
   // value and tangent. The gradients of scale and shift are those of their values; shift's tangent does not
   // enter.
-  int (*dual_backward)(Dual<const T> grad_out, Dual<const T> y, Dual<const T> scale, const T* shift,
-                       const T* statistics, const PlaneBatch& size, void* scratch, Dual<T> grad_y,
+  int (*dual_backward)(Dual<const S> grad_out, Dual<const S> y, Dual<const T> scale, const T* shift,
+                       const T* statistics, const PlaneBatch& size, void* scratch, Dual<S> grad_y,
                        T* grad_scale, T* grad_shift, const Queue& queue);
 };
 
@@ -64,7 +69,7 @@ const NormPool<T>& norm_pool_cpu(Isa isa = active_isa()) {
   return DDPP_SELECT(isa, norm_pool<T>());
 }
 
-template <class T>
-const NormPool<T>& norm_pool_cuda();
+template <class S>
+const NormPool<S>& norm_pool_cuda();
 
 }  // namespace ddpp

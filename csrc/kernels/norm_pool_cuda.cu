@@ -1,12 +1,14 @@
 // One block works on a group of channels of one image: thread (lane, stripe) on `lane`'s pack of channels (16
-// bytes) at every stripe-th 2x2 window. Each plane is read once from device memory; later sweeps read it from
-// shared memory, where each thread keeps its own pixels, or, where planes are too large for that, again
-// through the caches.
+// bytes to calculate with) at every stripe-th 2x2 window. Each plane is read once from device memory; later
+// sweeps read it from shared memory, where each thread keeps its own pixels, or, where planes are too large
+// for that, again through the caches.
 //
 // Device memory traffic in values per value of y (P = 1/4 for a pooled plane):
 //   forward 1 + P, backward 2 + P, dual 2 + 2 P, dual_backward 4 + 2 P.
-// For y of (100, 128, 32, 32) in float32 that is 66, 118, 131 and 236 MB.
+// For y of (100, 128, 32, 32) in float32 that is 66, 118, 131 and 236 MB, in bfloat16 half of it.
 #include "kernels/norm_pool.h"
+
+#include <type_traits>
 
 #include "kernels/cuda_compat.h"
 #include "kernels/reduce.cuh"
@@ -60,6 +62,19 @@ DDPP_INLINE Pack<T, kWidth> reciprocal_deviation(const Pack<T, kWidth>& variance
   return each<T, kWidth>([&](int k) { return 1 / sqrt((variance.at[k] < 0 ? 0 : variance.at[k]) + eps); });
 }
 
+// A pack as it is stored. The compiler would take a load of four Bfloat16 apart into loads of single values.
+template <class S, int kWidth>
+using Stored = std::conditional_t<std::is_same_v<S, Bfloat16> && kWidth == 4, uint2, Pack<S, kWidth>>;
+
+template <class T, int kWidth>
+DDPP_INLINE Pack<T, kWidth> unpacked(const Pack<T, kWidth>& x) {
+  return x;
+}
+DDPP_INLINE Pack<float, 1> unpacked(const Pack<Bfloat16, 1>& x) { return {{x.at[0]}}; }
+DDPP_INLINE Pack<float, 4> unpacked(const uint2& x) {
+  return {{lower_bfloat16(x.x), upper_bfloat16(x.x), lower_bfloat16(x.y), upper_bfloat16(x.y)}};
+}
+
 // The compiler takes the assignment of a pack that it has just computed apart into stores of single values;
 // these it leaves whole.
 DDPP_INLINE void store_whole(float* to, const Pack<float, 4>& x) {
@@ -68,9 +83,13 @@ DDPP_INLINE void store_whole(float* to, const Pack<float, 4>& x) {
 DDPP_INLINE void store_whole(double* to, const Pack<double, 2>& x) {
   __stwb(reinterpret_cast<double2*>(to), make_double2(x.at[0], x.at[1]));
 }
-template <class T>
-DDPP_INLINE void store_whole(T* to, const Pack<T, 1>& x) {
-  *to = x.at[0];
+DDPP_INLINE void store_whole(Bfloat16* to, const Pack<float, 4>& x) {
+  __stwb(reinterpret_cast<uint2*>(to),
+         make_uint2(bfloat16_pair(x.at[0], x.at[1]), bfloat16_pair(x.at[2], x.at[3])));
+}
+template <class S, class T>
+DDPP_INLINE void store_whole(S* to, const Pack<T, 1>& x) {
+  *to = static_cast<S>(x.at[0]);
 }
 
 #include "kernels/norm_pool_terms.inl"
@@ -100,8 +119,14 @@ struct Place {
     statistic = n * layout.channels + channel;
     part = T(1) / (static_cast<T>(layout.height) * static_cast<T>(layout.width));
   }
-  static DDPP_INLINE V load(const T* from) { return *reinterpret_cast<const V*>(from); }
-  static DDPP_INLINE void store(T* to, const V& x) { store_whole(to, x); }
+  template <class S>
+  static DDPP_INLINE V load(const S* from) {
+    return unpacked(*reinterpret_cast<const Stored<S, kWidth>*>(from));
+  }
+  template <class S>
+  static DDPP_INLINE void store(S* to, const V& x) {
+    store_whole(to, x);
+  }
   DDPP_INLINE V of_channel(const T* from) const { return active ? load(from + channel) : V{}; }
   DDPP_INLINE V saved(const T* statistics, int row) const {
     return active ? load(statistics + row * layout.row_size + statistic) : V{};
@@ -153,19 +178,21 @@ struct Place {
 };
 
 // A plane that is read several times: first from device memory, then from where this thread keeps it.
-template <class T, int kWidth, bool kStaged>
+template <class S, int kWidth, bool kStaged>
 struct Plane {
-  using V = Pack<T, kWidth>;
+  using X = Stored<S, kWidth>;
+  using V = Pack<Arithmetic<S>, kWidth>;
   DDPP_INLINE V first(int64_t at, int slot) const {
-    const V x = Place<T, kWidth>::load(from + at);
+    const X x = *reinterpret_cast<const X*>(from + at);
     if (kStaged) stage[slot * kThreads + threadIdx.x] = x;
-    return x;
+    return unpacked(x);
   }
   DDPP_INLINE V again(int64_t at, int slot) const {
-    return kStaged ? stage[slot * kThreads + threadIdx.x] : Place<T, kWidth>::load(from + at);
+    const X x = kStaged ? stage[slot * kThreads + threadIdx.x] : *reinterpret_cast<const X*>(from + at);
+    return unpacked(x);
   }
-  const T* from;
-  V* stage;
+  const S* from;
+  X* stage;
 };
 
 // Replaces each of the sums by the sum over the block's threads of the same lane.
@@ -195,14 +222,20 @@ DDPP_INLINE Norm<Pack<T, kWidth>> saved_norm(const Place<T, kWidth>& place, cons
           place.of_channel(scale), place.of_channel(shift)};
 }
 
-template <class T, int kWidth, bool kStaged>
+// Shared memory for planes, behind the scratch of so many sums.
+template <class S, class T, int kWidth>
+DDPP_INLINE Stored<S, kWidth>* behind_sums(Pack<T, kWidth>* shared, const Layout& layout, int sums) {
+  return reinterpret_cast<Stored<S, kWidth>*>(shared + kWarps * layout.lanes * sums);
+}
+
+template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    forward_kernel(const T* __restrict__ y, const T* __restrict__ scale, const T* __restrict__ shift, T eps,
-                   Layout layout, T* __restrict__ out, T* __restrict__ statistics) {
+    forward_kernel(const S* __restrict__ y, const T* __restrict__ scale, const T* __restrict__ shift, T eps,
+                   Layout layout, S* __restrict__ out, T* __restrict__ statistics) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
   const Place<T, kWidth> place(layout);
-  const Plane<T, kWidth, kStaged> planes{y, shared + kWarps * layout.lanes * 2};
+  const Plane<S, kWidth, kStaged> planes{y, behind_sums<S>(shared, layout, 2)};
   const V start =
       place.active ? place.load(y + place.plane) : V{};  // makes the mean of a constant plane exact
   V first[1] = {};
@@ -233,15 +266,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   });
 }
 
-template <class T, int kWidth, bool kStaged>
+template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    backward_kernel(const T* __restrict__ grad_out, const T* __restrict__ y, const T* __restrict__ scale,
+    backward_kernel(const S* __restrict__ grad_out, const S* __restrict__ y, const T* __restrict__ scale,
                     const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout,
-                    T* __restrict__ grad_y, T* __restrict__ grad_scale, T* __restrict__ grad_shift) {
+                    S* __restrict__ grad_y, T* __restrict__ grad_scale, T* __restrict__ grad_shift) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
   const Place<T, kWidth> place(layout);
-  const Plane<T, kWidth, kStaged> planes{y, shared + kWarps * layout.lanes * 2};
+  const Plane<S, kWidth, kStaged> planes{y, behind_sums<S>(shared, layout, 2)};
   const auto norm = saved_norm(place, statistics, scale, shift);
   V sums[2] = {};  // of the gradient behind ReLU, and of its product with the deviation
   place.windows([&](const auto& window, int64_t pooled) {
@@ -265,15 +298,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   });
 }
 
-template <class T, int kWidth, bool kStaged>
+template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    dual_kernel(Dual<const T> y, Dual<const T> scale, Dual<const T> shift, T eps, Layout layout, Dual<T> out,
+    dual_kernel(Dual<const S> y, Dual<const T> scale, Dual<const T> shift, T eps, Layout layout, Dual<S> out,
                 T* __restrict__ statistics, int slots) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
   const Place<T, kWidth> place(layout);
-  V* stage = shared + kWarps * layout.lanes * 4;
-  const Plane<T, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + slots * kThreads};
+  auto* const stage = behind_sums<S>(shared, layout, 4);
+  const Plane<S, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + slots * kThreads};
   const V start = place.active ? place.load(y.value + place.plane) : V{};
   const V tangent_start = place.active ? place.load(y.tangent + place.plane) : V{};
   V first[2] = {};
@@ -317,16 +350,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   });
 }
 
-template <class T, int kWidth, bool kStaged>
+template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    dual_backward_kernel(Dual<const T> grad_out, Dual<const T> y, Dual<const T> scale,
+    dual_backward_kernel(Dual<const S> grad_out, Dual<const S> y, Dual<const T> scale,
                          const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout,
-                         Dual<T> grad_y, T* __restrict__ grad_scale, T* __restrict__ grad_shift, int slots) {
+                         Dual<S> grad_y, T* __restrict__ grad_scale, T* __restrict__ grad_shift, int slots) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
   const Place<T, kWidth> place(layout);
-  V* stage = shared + kWarps * layout.lanes * 5;
-  const Plane<T, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + slots * kThreads};
+  auto* const stage = behind_sums<S>(shared, layout, 5);
+  const Plane<S, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + slots * kThreads};
   const auto norm = saved_norm(place, statistics, scale.value, shift);
   const Tangent<V> tangent{place.saved(statistics, kTangentMean), place.saved(statistics, kTangentRest),
                            place.saved(statistics, kCovariance)};
@@ -394,18 +427,18 @@ struct Launch {
   bool staged;
 };
 
-template <class V>
-Launch make_launch(const PlaneBatch& size, int width, int sums, int planes) {
-  const int64_t packs = size.channels / width;
+template <class S, int kWidth>
+Launch make_launch(const PlaneBatch& size, int sums, int planes) {
+  constexpr int64_t kBytes = sizeof(Stored<S, kWidth>), kSumBytes = sizeof(Pack<Arithmetic<S>, kWidth>);
+  const int64_t packs = size.channels / kWidth;
   const int windows = static_cast<int>((size.height + 1) / 2 * ((size.width + 1) / 2));
   int lanes = 1;
-  while (lanes < kWarpSize && lanes < packs &&
-         (lanes * int64_t{sizeof(V)} < kSector || lanes * windows < kThreads))
+  while (lanes < kWarpSize && lanes < packs && (lanes * kBytes < kSector || lanes * windows < kThreads))
     lanes *= 2;
   const int64_t groups = (packs + lanes - 1) / lanes;
   const int stripes = kThreads / lanes, slots = (windows + stripes - 1) / stripes * 4;
-  const int64_t scratch = int64_t{sizeof(V)} * kWarps * lanes * sums;
-  const int64_t staged = scratch + int64_t{sizeof(V)} * kThreads * slots * planes;
+  const int64_t scratch = kSumBytes * kWarps * lanes * sums;
+  const int64_t staged = scratch + kBytes * kThreads * slots * planes;
   const int64_t available = max_shared_bytes();
   const bool fits = staged <= (available < kMaxStaged ? available : kMaxStaged);
   const Layout layout{size.channels,
@@ -439,106 +472,110 @@ int sum_images(const T* partial, const PlaneBatch& size, T* to_first, T* to_seco
   return static_cast<int>(cudaGetLastError());
 }
 
-template <class T, class... Pointers>
-bool aligned(const PlaneBatch& size, Pointers... pointers) {
+template <class S>  // values of a pack
+constexpr int kPack = 16 / sizeof(Arithmetic<S>);
+
+template <class S, class... Pointers>
+bool packs_fit(const PlaneBatch& size, Pointers... pointers) {
   const uintptr_t bits = (reinterpret_cast<uintptr_t>(pointers) | ...);
-  return bits % 16 == 0 && size.channels % (16 / static_cast<int64_t>(sizeof(T))) == 0;
+  return bits % 16 == 0 && size.channels % kPack<S> == 0;
 }
 
-template <class T>
+template <class S>
 int64_t scratch_bytes(const PlaneBatch& size) {
-  return 2 * size.n * size.channels * static_cast<int64_t>(sizeof(T));
+  return 2 * size.n * size.channels * static_cast<int64_t>(sizeof(Arithmetic<S>));
 }
 
-template <class T, int kWidth>
-int forward_as(const T* y, const T* scale, const T* shift, double eps, const PlaneBatch& size, T* out,
+template <class S, int kWidth, class T = Arithmetic<S>>
+int forward_as(const S* y, const T* scale, const T* shift, double eps, const PlaneBatch& size, S* out,
                T* statistics, const Queue& queue) {
-  const Launch launch = make_launch<Pack<T, kWidth>>(size, kWidth, 2, 1);
-  const auto kernel = launch.staged ? forward_kernel<T, kWidth, true> : forward_kernel<T, kWidth, false>;
+  const Launch launch = make_launch<S, kWidth>(size, 2, 1);
+  const auto kernel = launch.staged ? forward_kernel<S, kWidth, true> : forward_kernel<S, kWidth, false>;
   return start(kernel, launch, queue, y, scale, shift, static_cast<T>(eps), launch.layout, out, statistics);
 }
 
-template <class T>
-int forward(const T* y, const T* scale, const T* shift, double eps, const PlaneBatch& size, T* out,
+template <class S, class T = Arithmetic<S>>
+int forward(const S* y, const T* scale, const T* shift, double eps, const PlaneBatch& size, S* out,
             T* statistics, const Queue& queue) {
   const auto run =
-      aligned<T>(size, y, scale, shift, out, statistics) ? forward_as<T, 16 / sizeof(T)> : forward_as<T, 1>;
+      packs_fit<S>(size, y, scale, shift, out, statistics) ? forward_as<S, kPack<S>> : forward_as<S, 1>;
   return run(y, scale, shift, eps, size, out, statistics, queue);
 }
 
-template <class T, int kWidth>
-int backward_as(const T* grad_out, const T* y, const T* scale, const T* shift, const T* statistics,
-                const PlaneBatch& size, void* scratch, T* grad_y, T* grad_scale, T* grad_shift,
+template <class S, int kWidth, class T = Arithmetic<S>>
+int backward_as(const S* grad_out, const S* y, const T* scale, const T* shift, const T* statistics,
+                const PlaneBatch& size, void* scratch, S* grad_y, T* grad_scale, T* grad_shift,
                 const Queue& queue) {
-  const Launch launch = make_launch<Pack<T, kWidth>>(size, kWidth, 2, 1);
-  const auto kernel = launch.staged ? backward_kernel<T, kWidth, true> : backward_kernel<T, kWidth, false>;
+  const Launch launch = make_launch<S, kWidth>(size, 2, 1);
+  const auto kernel = launch.staged ? backward_kernel<S, kWidth, true> : backward_kernel<S, kWidth, false>;
   T *scale_sums = static_cast<T*>(scratch), *shift_sums = scale_sums + size.n * size.channels;
   const int error = start(kernel, launch, queue, grad_out, y, scale, shift, statistics, launch.layout, grad_y,
                           scale_sums, shift_sums);
   return error ? error : sum_images<T>(scale_sums, size, grad_scale, grad_shift, queue);
 }
 
-template <class T>
-int backward(const T* grad_out, const T* y, const T* scale, const T* shift, const T* statistics,
-             const PlaneBatch& size, void* scratch, T* grad_y, T* grad_scale, T* grad_shift,
+template <class S, class T = Arithmetic<S>>
+int backward(const S* grad_out, const S* y, const T* scale, const T* shift, const T* statistics,
+             const PlaneBatch& size, void* scratch, S* grad_y, T* grad_scale, T* grad_shift,
              const Queue& queue) {
-  const auto run = aligned<T>(size, grad_out, y, scale, shift, statistics, scratch, grad_y)
-                       ? backward_as<T, 16 / sizeof(T)>
-                       : backward_as<T, 1>;
+  const auto run = packs_fit<S>(size, grad_out, y, scale, shift, statistics, scratch, grad_y)
+                       ? backward_as<S, kPack<S>>
+                       : backward_as<S, 1>;
   return run(grad_out, y, scale, shift, statistics, size, scratch, grad_y, grad_scale, grad_shift, queue);
 }
 
-template <class T, int kWidth>
-int dual_as(Dual<const T> y, Dual<const T> scale, Dual<const T> shift, double eps, const PlaneBatch& size,
-            Dual<T> out, T* statistics, const Queue& queue) {
-  const Launch launch = make_launch<Pack<T, kWidth>>(size, kWidth, 4, 2);
-  const auto kernel = launch.staged ? dual_kernel<T, kWidth, true> : dual_kernel<T, kWidth, false>;
+template <class S, int kWidth, class T = Arithmetic<S>>
+int dual_as(Dual<const S> y, Dual<const T> scale, Dual<const T> shift, double eps, const PlaneBatch& size,
+            Dual<S> out, T* statistics, const Queue& queue) {
+  const Launch launch = make_launch<S, kWidth>(size, 4, 2);
+  const auto kernel = launch.staged ? dual_kernel<S, kWidth, true> : dual_kernel<S, kWidth, false>;
   return start(kernel, launch, queue, y, scale, shift, static_cast<T>(eps), launch.layout, out, statistics,
                launch.slots);
 }
 
-template <class T>
-int dual(Dual<const T> y, Dual<const T> scale, Dual<const T> shift, double eps, const PlaneBatch& size,
-         Dual<T> out, T* statistics, const Queue& queue) {
-  const auto run = aligned<T>(size, y.value, y.tangent, scale.value, scale.tangent, shift.value,
-                              shift.tangent, out.value, out.tangent, statistics)
-                       ? dual_as<T, 16 / sizeof(T)>
-                       : dual_as<T, 1>;
+template <class S, class T = Arithmetic<S>>
+int dual(Dual<const S> y, Dual<const T> scale, Dual<const T> shift, double eps, const PlaneBatch& size,
+         Dual<S> out, T* statistics, const Queue& queue) {
+  const auto run = packs_fit<S>(size, y.value, y.tangent, scale.value, scale.tangent, shift.value,
+                                shift.tangent, out.value, out.tangent, statistics)
+                       ? dual_as<S, kPack<S>>
+                       : dual_as<S, 1>;
   return run(y, scale, shift, eps, size, out, statistics, queue);
 }
 
-template <class T, int kWidth>
-int dual_backward_as(Dual<const T> grad_out, Dual<const T> y, Dual<const T> scale, const T* shift,
-                     const T* statistics, const PlaneBatch& size, void* scratch, Dual<T> grad_y,
+template <class S, int kWidth, class T = Arithmetic<S>>
+int dual_backward_as(Dual<const S> grad_out, Dual<const S> y, Dual<const T> scale, const T* shift,
+                     const T* statistics, const PlaneBatch& size, void* scratch, Dual<S> grad_y,
                      T* grad_scale, T* grad_shift, const Queue& queue) {
-  const Launch launch = make_launch<Pack<T, kWidth>>(size, kWidth, 5, 2);
+  const Launch launch = make_launch<S, kWidth>(size, 5, 2);
   const auto kernel =
-      launch.staged ? dual_backward_kernel<T, kWidth, true> : dual_backward_kernel<T, kWidth, false>;
+      launch.staged ? dual_backward_kernel<S, kWidth, true> : dual_backward_kernel<S, kWidth, false>;
   T *scale_sums = static_cast<T*>(scratch), *shift_sums = scale_sums + size.n * size.channels;
   const int error = start(kernel, launch, queue, grad_out, y, scale, shift, statistics, launch.layout, grad_y,
                           scale_sums, shift_sums, launch.slots);
   return error ? error : sum_images<T>(scale_sums, size, grad_scale, grad_shift, queue);
 }
 
-template <class T>
-int dual_backward(Dual<const T> grad_out, Dual<const T> y, Dual<const T> scale, const T* shift,
-                  const T* statistics, const PlaneBatch& size, void* scratch, Dual<T> grad_y, T* grad_scale,
+template <class S, class T = Arithmetic<S>>
+int dual_backward(Dual<const S> grad_out, Dual<const S> y, Dual<const T> scale, const T* shift,
+                  const T* statistics, const PlaneBatch& size, void* scratch, Dual<S> grad_y, T* grad_scale,
                   T* grad_shift, const Queue& queue) {
-  const auto run = aligned<T>(size, grad_out.value, grad_out.tangent, y.value, y.tangent, scale.value,
-                              scale.tangent, shift, statistics, scratch, grad_y.value, grad_y.tangent)
-                       ? dual_backward_as<T, 16 / sizeof(T)>
-                       : dual_backward_as<T, 1>;
+  const auto run = packs_fit<S>(size, grad_out.value, grad_out.tangent, y.value, y.tangent, scale.value,
+                                scale.tangent, shift, statistics, scratch, grad_y.value, grad_y.tangent)
+                       ? dual_backward_as<S, kPack<S>>
+                       : dual_backward_as<S, 1>;
   return run(grad_out, y, scale, shift, statistics, size, scratch, grad_y, grad_scale, grad_shift, queue);
 }
 
 }  // namespace
 
-template <class T>
-const NormPool<T>& norm_pool_cuda() {
-  static const NormPool<T> launchers{scratch_bytes<T>, forward<T>, backward<T>, dual<T>, dual_backward<T>};
+template <class S>
+const NormPool<S>& norm_pool_cuda() {
+  static const NormPool<S> launchers{scratch_bytes<S>, forward<S>, backward<S>, dual<S>, dual_backward<S>};
   return launchers;
 }
 template const NormPool<float>& norm_pool_cuda();
 template const NormPool<double>& norm_pool_cuda();
+template const NormPool<Bfloat16>& norm_pool_cuda();
 
 }  // namespace ddpp

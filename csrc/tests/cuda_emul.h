@@ -9,9 +9,9 @@
 //
 // Covered: threadIdx/blockIdx/blockDim/gridDim, __shared__ (static and dynamic),
 // __syncthreads, __syncwarp, __shfl_*_sync, __ballot/any/all_sync, atomics on
-// global and shared memory, __ldg, __stwb of float4 and double2, basic math. Not modelled: memory consistency
-// between barriers, concurrent blocks, half precision, occupancy limits other
-// than the block size.
+// global and shared memory, __ldg, __stwb of float4, double2 and uint2, basic math. Not modelled: memory
+// consistency between barriers, concurrent blocks, CUDA's types of half precision (kernels/bfloat16.h is our
+// own), occupancy limits other than the block size.
 #pragma once
 
 #include <ucontext.h>
@@ -445,8 +445,12 @@ struct alignas(16) float4 {
 struct alignas(16) double2 {
   double x, y;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline void __threadfence() {}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 using std::max;

@@ -1,5 +1,6 @@
 #include <cmath>
 #include <random>
+#include <type_traits>
 
 #include "check.h"
 #include "kernels/norm_pool.h"
@@ -9,9 +10,12 @@ namespace {
 
 constexpr double kEps = 1e-5;
 
-template <class T>
-const NormPool<T>& launchers(const Setting& setting) {
-  return setting.cuda ? norm_pool_cuda<T>() : norm_pool_cpu<T>();
+template <class S>
+const NormPool<S>& launchers(const Setting& setting) {
+  if constexpr (std::is_same_v<S, Bfloat16>)
+    return norm_pool_cuda<S>();
+  else
+    return setting.cuda ? norm_pool_cuda<S>() : norm_pool_cpu<S>();
 }
 
 template <class T>
@@ -25,7 +29,7 @@ struct DualArray {
 int64_t values(const PlaneBatch& s) { return s.n * s.height * s.width * s.channels; }
 int64_t pooled_values(const PlaneBatch& s) { return s.n * (s.height / 2) * (s.width / 2) * s.channels; }
 
-template <class T>
+template <class S>
 struct Inputs {
   Inputs(const PlaneBatch& s, int64_t shift)
       : size(s),
@@ -34,10 +38,12 @@ struct Inputs {
         shift(s.channels, shift),
         grad(pooled_values(s), shift) {}
   PlaneBatch size;
-  DualArray<T> y, scale, shift, grad;
+  DualArray<S> y;
+  DualArray<Arithmetic<S>> scale, shift;
+  DualArray<S> grad;
 };
 
-template <class T>
+template <class S>
 struct Results {
   Results(const PlaneBatch& s, int64_t shift)
       : plain_out(pooled_values(s), shift),
@@ -62,18 +68,20 @@ struct Results {
     visit("dual_backward: grad_scale", grad_scale);
     visit("dual_backward: grad_shift", grad_shift);
   }
-  Array<T> plain_out, plain_grad_y, plain_grad_scale, plain_grad_shift;
-  DualArray<T> out, grad_y;
-  Array<T> grad_scale, grad_shift;
+  Array<S> plain_out, plain_grad_y;
+  Array<Arithmetic<S>> plain_grad_scale, plain_grad_shift;
+  DualArray<S> out, grad_y;
+  Array<Arithmetic<S>> grad_scale, grad_shift;
 };
 
-template <class T>
-Inputs<T> random_inputs(const PlaneBatch& size, int64_t shift, double mean) {
-  Inputs<T> in(size, shift);
+template <class S>
+Inputs<S> random_inputs(const PlaneBatch& size, int64_t shift, double mean) {
+  Inputs<S> in(size, shift);
   std::mt19937 random(static_cast<unsigned>(size.channels * 31 + size.width));
   std::normal_distribution<double> normal;
-  const auto fill = [&](Array<T>& array, double at) {
-    for (int64_t i = 0; i < array.size(); ++i) array[i] = static_cast<T>(at + normal(random));
+  const auto fill = [&](auto& array, double at) {
+    using X = std::remove_reference_t<decltype(array[0])>;
+    for (int64_t i = 0; i < array.size(); ++i) array[i] = static_cast<X>(at + normal(random));
   };
   fill(in.y.value, mean), fill(in.y.tangent, -mean / 2);
   fill(in.scale.value, 0.5), fill(in.scale.tangent, 0);
@@ -82,10 +90,11 @@ Inputs<T> random_inputs(const PlaneBatch& size, int64_t shift, double mean) {
   return in;
 }
 
-template <class T>
-void run(const NormPool<T>& kernels, const Inputs<T>& in, Results<T>* r, const Queue& queue) {
+template <class S>
+void run(const NormPool<S>& kernels, const Inputs<S>& in, Results<S>* r, const Queue& queue) {
   const PlaneBatch& s = in.size;
-  Array<T> statistics(kStatistics * s.n * s.channels), dual_statistics(kDualStatistics * s.n * s.channels);
+  Array<Arithmetic<S>> statistics(kStatistics * s.n * s.channels),
+      dual_statistics(kDualStatistics * s.n * s.channels);
   Array<double> scratch((kernels.scratch_bytes(s) + 7) / 8);
   CHECK(kernels.forward(in.y.value.data(), in.scale.value.data(), in.shift.value.data(), kEps, s,
                         r->plain_out.data(), statistics.data(), queue) == 0);
@@ -100,8 +109,8 @@ void run(const NormPool<T>& kernels, const Inputs<T>& in, Results<T>* r, const Q
 }
 
 // The formulas, on one plane in float64. They are those of ddpp/ops/norm_pool.py.
-template <class T>
-void expect_plane(const Inputs<T>& in, int64_t n, int64_t c, Results<double>* r) {
+template <class S>
+void expect_plane(const Inputs<S>& in, int64_t n, int64_t c, Results<double>* r) {
   const PlaneBatch& s = in.size;
   const int64_t area = s.height * s.width, h = s.height / 2, w = s.width / 2;
   const auto at = [&](int64_t i) { return (n * area + i) * s.channels + c; };
@@ -125,7 +134,7 @@ void expect_plane(const Inputs<T>& in, int64_t n, int64_t c, Results<double>* r)
   const double m = mean([&](int64_t i) { return x(i) * (t(i) - t_mean); });
   const auto xt = [&](int64_t i) { return rstd * (t(i) - t_mean - x(i) * m); };
   const auto active = [&](int64_t i) { return g * x(i) + b > 0; };
-  const auto cotangent = [&](const Array<T>& grad, int64_t i) {
+  const auto cotangent = [&](const Array<S>& grad, int64_t i) {
     return active(i) && pooled_at(i) >= 0 ? grad[pooled_at(i)] / 4.0 : 0.0;
   };
   const auto u = [&](int64_t i) { return cotangent(in.grad.value, i); };
@@ -163,16 +172,22 @@ std::vector<double> exact(const Array<T>& x) {
   return {x.data(), x.data() + x.size()};
 }
 
-template <class T>
-void check_same_bits(Results<T>& expected, Results<T>& got) {
-  std::vector<Array<T>*> arrays;
-  expected.each([&](const char*, Array<T>& array) { arrays.push_back(&array); });
+template <class S>
+void check_same_bits(Results<S>& expected, Results<S>& got) {
+  std::vector<const void*> arrays;
+  expected.each([&](const char*, const auto& array) { arrays.push_back(&array); });
   size_t place = 0;
-  got.each([&](const char*, Array<T>& array) { CHECK(array.same_bits(*arrays[place++])); });
+  got.each([&](const char*, const auto& array) {
+    CHECK(array.same_bits(*static_cast<decltype(&array)>(arrays[place++])));
+  });
 }
 
-template <class T>
-void check_inputs(const Setting& setting, const Inputs<T>& in, int64_t shift) {
+// How far storing as X moves a float at most, as a part of what it gives: half a unit in its last place.
+template <class X>
+constexpr double kRounding = std::is_same_v<X, Bfloat16> ? 1.0 / 256 : 0;
+
+template <class S>
+void check_inputs(const Setting& setting, const Inputs<S>& in, int64_t shift) {
   const PlaneBatch& s = in.size;
   Results<double> expected(s, 0);
   expected.each([](const char*, Array<double>& array) { std::fill_n(array.data(), array.size(), 0.0); });
@@ -184,15 +199,17 @@ void check_inputs(const Setting& setting, const Inputs<T>& in, int64_t shift) {
   // of.
   const double terms = std::hypot(norm(exact(in.grad.value)), norm(exact(in.grad.tangent)));
 
-  Results<T> first(s, shift);
-  run(launchers<T>(setting), in, &first, setting.queues[0]);
+  Results<S> first(s, shift);
+  run(launchers<S>(setting), in, &first, setting.queues[0]);
   size_t place = 0;
-  first.each([&](const char* name, const Array<T>& array) {
+  first.each([&](const char* name, const auto& array) {
+    using X = std::decay_t<decltype(array[0])>;
     const bool gradient = std::strstr(name, "grad");
-    std::vector<double> difference = exact(array);
-    for (size_t i = 0; i < difference.size(); ++i) difference[i] -= wanted[place][i];
-    const double error = norm(difference), size = std::max(norm(wanted[place]), gradient ? terms : 0);
-    const bool close = error <= (sizeof(T) == 4 ? 1e-6 : 1e-12) * size;
+    std::vector<double> beyond = exact(array);  // what rounding to X does not explain
+    for (size_t i = 0; i < beyond.size(); ++i)
+      beyond[i] = std::max(std::abs(beyond[i] - wanted[place][i]) - kRounding<X> * std::abs(beyond[i]), 0.0);
+    const double error = norm(beyond), size = std::max(norm(wanted[place]), gradient ? terms : 0);
+    const bool close = error <= (sizeof(Arithmetic<S>) == 4 ? 1e-6 : 1e-12) * size;
     if (!close)
       std::printf("%s is off by %g of %g: %d images of %d channels, %d x %d\n", name, error, size, int(s.n),
                   int(s.channels), int(s.height), int(s.width));
@@ -200,22 +217,23 @@ void check_inputs(const Setting& setting, const Inputs<T>& in, int64_t shift) {
     ++place;
   });
   for (const Queue& queue : setting.queues) {
-    Results<T> again(s, shift);
-    run(launchers<T>(setting), in, &again, queue);
+    Results<S> again(s, shift);
+    run(launchers<S>(setting), in, &again, queue);
     check_same_bits(first, again);
   }
 }
 
 // Planes of one value are normalised to 0: the gradient is that of torch's ReLU at 0 where shift is 0.
-template <class T>
+template <class S>
 void check_constant_planes(const Setting& setting) {
+  using T = Arithmetic<S>;
   const PlaneBatch size{2, 5, 3, 4};
-  Inputs<T> in = random_inputs<T>(size, 0, 0);
+  Inputs<S> in = random_inputs<S>(size, 0, 0);
   for (int64_t i = 0; i < in.y.value.size(); ++i)
-    in.y.value[i] = T(0.1) * static_cast<T>(1 + i % size.channels);
+    in.y.value[i] = static_cast<S>(T(0.1) * static_cast<T>(1 + i % size.channels));
   for (int64_t c = 0; c < size.channels; ++c) in.shift.value[c] = static_cast<T>(c - 2);
-  Results<T> r(size, 0);
-  run(launchers<T>(setting), in, &r, setting.queues[0]);
+  Results<S> r(size, 0);
+  run(launchers<S>(setting), in, &r, setting.queues[0]);
   for (int64_t i = 0; i < r.plain_out.size(); ++i) {
     const auto c = i % size.channels;
     CHECK(r.plain_out[i] == (c > 2 ? in.shift.value[c] : T(0)));
@@ -225,22 +243,23 @@ void check_constant_planes(const Setting& setting) {
 }
 
 // A NaN makes its plane NaN and no other.
-template <class T>
-void check_nan_shows(const Setting& setting) {
-  const PlaneBatch size{2, 35, 5, 4};
-  Inputs<T> in = random_inputs<T>(size, 0, 0);
+template <class S>
+void check_nan_shows(const Setting& setting, int64_t channels) {
+  const PlaneBatch size{2, channels, 5, 4};
+  Inputs<S> in = random_inputs<S>(size, 0, 0);
   const int64_t image = 1, channel = 33;
-  in.y.value[(image * 20 + 19) * size.channels + channel] = std::numeric_limits<T>::quiet_NaN();
-  Results<T> r(size, 0);
-  run(launchers<T>(setting), in, &r, setting.queues[0]);
-  const auto check = [&](const Array<T>& array, int64_t area) {
+  in.y.value[(image * 20 + 19) * size.channels + channel] =
+      static_cast<S>(std::numeric_limits<Arithmetic<S>>::quiet_NaN());
+  Results<S> r(size, 0);
+  run(launchers<S>(setting), in, &r, setting.queues[0]);
+  const auto check = [&](const Array<S>& array, int64_t area) {
     for (int64_t i = 0; i < array.size(); ++i) {
       const bool here = i / size.channels / area == image && i % size.channels == channel;
       CHECK(std::isnan(array[i]) == here);
     }
   };
-  for (const Array<T>* array : {&r.plain_out, &r.out.value, &r.out.tangent}) check(*array, 4);
-  for (const Array<T>* array : {&r.plain_grad_y, &r.grad_y.value, &r.grad_y.tangent}) check(*array, 20);
+  for (const Array<S>* array : {&r.plain_out, &r.out.value, &r.out.tangent}) check(*array, 4);
+  for (const Array<S>* array : {&r.plain_grad_y, &r.grad_y.value, &r.grad_y.tangent}) check(*array, 20);
 }
 
 template <class T>
@@ -277,20 +296,44 @@ void check_large_planes(const Setting& setting) {
   }
 }
 
-template <class T>
+// Every value of 16 bits is itself again. Halfway between two of them becomes the even one, on either side
+// the nearer one; beyond the largest is infinity.
+void check_rounding() {
+  const auto as_float = [](uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof(x));
+    return x;
+  };
+  for (uint32_t bits = 0; bits < 1 << 16; ++bits) {
+    const float x = as_float(bits << 16);
+    if (std::isnan(x) || std::isinf(x)) {
+      CHECK(std::isnan(Bfloat16(x)) == std::isnan(x) && std::isnan(Bfloat16(as_float(bits << 16 | 0xffff))));
+      CHECK(std::isnan(x) || Bfloat16(x).bits == bits);
+      continue;
+    }
+    CHECK(Bfloat16(x).bits == bits);
+    CHECK(Bfloat16(as_float(bits << 16 | 0x7fff)).bits == bits);
+    CHECK(Bfloat16(as_float(bits << 16 | 0x8000)).bits == bits + bits % 2);
+    CHECK(Bfloat16(as_float(bits << 16 | 0x8001)).bits == bits + 1);
+  }
+}
+
+template <class S>
 void check_all(const Setting& setting) {
   for (const int64_t channels : {1, 3, 16, 17, 31, 64, 100})
     for (const auto& [height, width] : {std::pair{2, 2}, {3, 5}, {8, 8}, {5, 12}})
       for (const int64_t shift : {0, 1}) {
-        check_inputs(setting, random_inputs<T>({2, channels, height, width}, shift, 0), shift);
+        check_inputs(setting, random_inputs<S>({2, channels, height, width}, shift, 0), shift);
       }
-  check_inputs(setting, random_inputs<T>({0, 3, 4, 4}, 0, 0), 0);
-  check_inputs(setting, random_inputs<T>({17, 8, 2, 3}, 0, 0), 0);
-  check_inputs(setting, random_inputs<T>({3, 36, 32, 33}, 0, 0), 0);
-  check_inputs(setting, random_inputs<T>({2, 8, 9, 8}, 0, 1000), 0);  // a large mean
-  check_inputs(setting, random_inputs<T>({1, 4, 71, 64}, 0, 2), 0);
-  check_constant_planes<T>(setting);
-  check_nan_shows<T>(setting);
+  check_inputs(setting, random_inputs<S>({0, 3, 4, 4}, 0, 0), 0);
+  check_inputs(setting, random_inputs<S>({17, 8, 2, 3}, 0, 0), 0);
+  check_inputs(setting, random_inputs<S>({3, 36, 32, 33}, 0, 0), 0);
+  check_inputs(setting, random_inputs<S>({2, 8, 9, 8}, 0, 1000), 0);  // a large mean
+  check_inputs(setting, random_inputs<S>({1, 4, 71, 64}, 0, 2), 0);
+  check_inputs(setting, random_inputs<S>({1, 4, 71, 160}, 0, 0), 0);   // beyond shared memory, in packs
+  check_inputs(setting, random_inputs<S>({1, 1, 225, 224}, 0, 0), 0);  // and in single values
+  check_constant_planes<S>(setting);
+  for (const int64_t channels : {35, 36}) check_nan_shows<S>(setting, channels);
 }
 
 }  // namespace
@@ -300,7 +343,10 @@ int main(int argc, char** argv) {
   const ddpp::test::Setting setting = ddpp::test::setting(argc, argv);
   ddpp::test::check_all<float>(setting);
   ddpp::test::check_all<double>(setting);
-  if (!setting.cuda) {
+  if (setting.cuda) {
+    ddpp::test::check_rounding();
+    ddpp::test::check_all<ddpp::Bfloat16>(setting);
+  } else {
     ddpp::test::check_large_planes<float>(setting);
     ddpp::test::check_large_planes<double>(setting);
     ddpp::test::check_same_bits_on_every_isa<float>();
