@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import op_contract
@@ -26,6 +27,8 @@ from ddpp.ops.norm_pool import (
 SHAPES = [(3, 1, 2, 2), (2, 3, 3, 5), (2, 17, 4, 7), (2, 64, 8, 8), (1, 128, 6, 5), (2, 36, 32, 33), (0, 3, 4, 4)]
 DTYPES = [torch.float32, torch.float64]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+#: What planes may be stored as.
+each_stored = pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=["float32", "float64", "bfloat16"])
 
 
 def planes(shape: tuple[int, ...], generator: torch.Generator, mean: float = 0) -> Tensor:
@@ -36,6 +39,15 @@ def planes(shape: tuple[int, ...], generator: torch.Generator, mean: float = 0) 
 
 def channels(shape: tuple[int, ...], generator: torch.Generator, mean: float) -> Tensor:
     return (mean + torch.randn(shape[1], generator=generator)).double()  # [C]
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+def stored(values: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """The planes in a dtype, and all else in that of the arithmetic."""
+    return {name: value.to(device, dtype if value.dim() == 4 else arithmetic(dtype)) for name, value in values.items()}
 
 
 def cases(dtype: torch.dtype, generator: torch.Generator) -> dict[str, op_contract.Case]:
@@ -50,10 +62,11 @@ def cases(dtype: torch.dtype, generator: torch.Generator) -> dict[str, op_contra
 def operator_arguments(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(3)
     shape = (2, 5, 4, 5)
+    other = arithmetic(dtype)
     y, t, grad_y, grad_t = (planes(shape, generator).to(dtype) for _ in range(4))
     out, out_t, grad_out, grad_out_t = (planes((2, 5, 2, 2), generator).to(dtype) for _ in range(4))
-    scale, shift, scale_t, shift_t, *grads = (channels(shape, generator, 0.5).to(dtype) for _ in range(6))
-    statistics, dual_statistics = torch.ones(3, 2, 5, dtype=dtype), torch.ones(6, 2, 5, dtype=dtype)
+    scale, shift, scale_t, shift_t, *grads = (channels(shape, generator, 0.5).to(other) for _ in range(6))
+    statistics, dual_statistics = torch.ones(3, 2, 5, dtype=other), torch.ones(6, 2, 5, dtype=other)
     return {
         "norm_relu_pool": (y, scale, shift, 1e-5, out, statistics),
         "norm_relu_pool_backward": (grad_out, y, scale, shift, statistics, grad_y, *grads),
@@ -84,9 +97,9 @@ ROW = op_contract.Row(
 
 
 class Example:
-    """Arguments and cotangents in float64, and every face's results by plain torch."""
+    """Arguments and cotangents in float64, of planes that a dtype holds, and every face's results by plain torch."""
 
-    def __init__(self, shape: tuple[int, ...], mean: float = 0) -> None:
+    def __init__(self, shape: tuple[int, ...], mean: float = 0, dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator().manual_seed(11)
         n, c, h, w = shape
         self.y, self.y_tangent = planes(shape, generator, mean), planes(shape, generator, mean / 2)
@@ -94,9 +107,12 @@ class Example:
         self.scale_tangent, self.shift_tangent = channels(shape, generator, 0), channels(shape, generator, 0)
         pooled = (n, c, h // 2, w // 2)
         self.grad_out, self.grad_out_tangent = planes(pooled, generator), planes(pooled, generator)
+        vars(self).update({name: x.to(dtype).double() for name, x in vars(self).items() if x.dim() == 4})
 
-    def faces(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        x = {name: value.to(device, dtype) for name, value in vars(self).items()}
+    def faces(
+        self, dtype: torch.dtype, device: torch.device, layout: Callable[[Tensor], Tensor] = torch.clone
+    ) -> dict[str, Tensor]:
+        x = {name: layout(value) for name, value in stored(vars(self), dtype, device).items()}
         point = x["y"], x["scale"], x["shift"]
         dual_point = x["y"], x["y_tangent"], x["scale"], x["scale_tangent"], x["shift"]
         forward = norm_relu_pool_forward(*point)
@@ -130,26 +146,48 @@ class Example:
         results = (out, *backward, dual_out, out_tangent, *dual_backward)
         return dict(zip(self.faces(torch.float64, self.y.device), results, strict=True))
 
+    def check(self, faces: dict[str, Tensor], bound: float) -> None:
+        expected = self.plain()
+        terms = float(torch.stack([self.grad_out, self.grad_out_tangent]).norm())
+        for name, got in faces.items():
+            assert_close_in_norm(got, expected[name], terms if "grad" in name else 0, bound)
+
 
 def assert_close_in_norm(actual: Tensor, expected: Tensor, terms: float, bound: float) -> None:
-    """The error's norm is below the bound times that of the expected values, or of the terms that cancel in them."""
-    error, size = float((actual.cpu().double() - expected).norm()), max(float(expected.detach().norm()), terms)
+    """The error's norm is below the bound times that of the expected values, or of the terms that cancel in them.
+
+    Rounding to bfloat16, by at most 2^-8 of what it gives, is no error.
+    """
+    got, expected = actual.cpu().double(), expected.detach()
+    rounding = got.abs() / 256 if actual.dtype == torch.bfloat16 else 0
+    error, size = float(((got - expected).abs() - rounding).relu().norm()), max(float(expected.norm()), terms)
     assert error <= bound * size, f"{error} of {size}"
 
 
-@each_dtype
+@each_stored
 @pytest.mark.parametrize(
     ("shape", "mean"), [*((shape, 0) for shape in SHAPES), ((2, 8, 16, 16), 0), ((2, 8, 9, 8), 1000)], ids=str
 )
 def test_faces_are_plain_torch(shape: tuple[int, ...], mean: float, dtype: torch.dtype, backend: Backend) -> None:
-    example = Example(shape, mean)
-    expected = example.plain()
-    terms = float(torch.stack([example.grad_out, example.grad_out_tangent]).norm())
-    for name, got in example.faces(dtype, backend.device).items():
-        assert got.dtype == dtype
-        # At a mean of 1000, torch's group norm in float64 is itself off by 3e-10.
-        bound = 1e-6 if dtype == torch.float32 else 1e-8 if mean else 1e-12
-        assert_close_in_norm(got, expected[name], terms if "grad" in name else 0, bound)
+    example = Example(shape, mean, dtype)
+    faces = example.faces(dtype, backend.device)
+    for name, got in faces.items():
+        assert got.dtype == (dtype if got.dim() == 4 else arithmetic(dtype)), name
+    # At a mean of 1000, torch's group norm in float64 is itself off by 3e-10.
+    example.check(faces, 1e-6 if dtype != torch.float64 else 1e-8 if mean else 1e-12)
+
+
+def unaligned(x: Tensor) -> Tensor:
+    """The same values in the same layout, one value off any alignment."""
+    axes, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if x.dim() == 4 else ((0,), (0,))
+    values = x.permute(axes)
+    return torch.cat([x.new_zeros(1), values.flatten()])[1:].view(values.shape).permute(back)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_faces_of_unaligned_planes(dtype: torch.dtype, backend: Backend) -> None:
+    example = Example((2, 8, 5, 6), 0, dtype)
+    example.check(example.faces(dtype, backend.device, unaligned), 1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 2, 2), (2, 3, 3, 5), (2, 4, 4, 4), (0, 3, 4, 4)], ids=str)
@@ -217,14 +255,96 @@ def test_constant_planes_are_normalised_to_zero(backend: Backend) -> None:
     assert grads[1].tolist() == [0, 0, 2 * 2 * 2]
 
 
-def test_a_nan_shows_in_its_plane_alone(backend: Backend) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_nan_shows_in_its_plane_alone(dtype: torch.dtype, backend: Backend) -> None:
     example = Example((2, 17, 4, 7))
     example.y[1, 16, 3, 6] = math.nan  # a pixel that is not pooled
-    for name, value in example.faces(torch.float32, backend.device).items():
+    for name, value in example.faces(dtype, backend.device).items():
         if value.dim() == 4:
             bad = value.isnan().flatten(2)
             assert bad[1, 16].all(), name
             assert bad.sum() == bad[1, 16].numel(), name
+
+
+# ---- bfloat16 planes ----
+
+
+def bfloat16_example(backend: Backend, requires_grad: bool = True) -> tuple[Example, list[Tensor], dict[str, Tensor]]:
+    """An example, its y, scale and shift, and the results of its faces."""
+    example = Example((2, 8, 5, 6), 0, torch.bfloat16)
+    x = stored(vars(example), torch.bfloat16, backend.device)
+    point = [x[name].requires_grad_(requires_grad) for name in ("y", "scale", "shift")]
+    return example, point, example.faces(torch.bfloat16, backend.device)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_derivatives_of_bfloat16_planes(fused: bool, backend: Backend) -> None:
+    example, point, faces = bfloat16_example(backend)
+    out = norm_relu_pool(*point, fused=fused)
+    grads = torch.autograd.grad(out, point, example.grad_out.to(out))
+    got = dict(zip(faces, (out, *grads), strict=False))
+    example.check({name: value.detach() for name, value in got.items()}, 1e-6)
+    assert [x.dtype for x in (out, *grads)] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    if fused:
+        assert all(torch.equal(value, faces[name]) for name, value in got.items())
+
+
+def test_second_derivative_of_bfloat16_planes(backend: Backend) -> None:
+    example, point, _ = bfloat16_example(backend)
+    x = stored(vars(example), torch.bfloat16, backend.device)
+    tangents = x["y_tangent"], x["scale_tangent"], x["shift_tangent"]
+    grad_out = x["grad_out_tangent"].requires_grad_()
+    grads = torch.autograd.grad(norm_relu_pool(*point), point, grad_out, create_graph=True)
+    got = torch.autograd.grad(grads, (grad_out, *point), tangents)
+    example.grad_out.zero_()  # double backward is dual backward without it
+    faces = example.faces(torch.bfloat16, backend.device)
+    names = "dual out tangent", "dual backward grad y", "dual backward grad scale", "dual backward grad shift"
+    assert all(torch.equal(value, faces[name]) for name, value in zip(names, got, strict=True))
+
+
+def test_forward_mode_of_bfloat16_planes(backend: Backend) -> None:
+    example, point, faces = bfloat16_example(backend, requires_grad=False)
+    x = stored(vars(example), torch.bfloat16, backend.device)
+    tangents = x["y_tangent"], x["scale_tangent"], x["shift_tangent"]
+    got = torch.func.jvp(norm_relu_pool, tuple(point), tangents)
+    assert torch.equal(got[0], faces["dual out"])
+    assert torch.equal(got[1], faces["dual out tangent"])
+
+
+def test_torch_compile_of_bfloat16_planes(backend: Backend) -> None:
+    _, point, _ = bfloat16_example(backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(norm_relu_pool, fullgraph=True, backend="aot_eager")
+    results = [(out, *torch.autograd.grad(out.sum(), point)) for out in (compiled(*point), norm_relu_pool(*point))]
+    assert all(torch.equal(got, wanted) for got, wanted in zip(*results, strict=True))
+
+
+def test_operators_on_bfloat16_planes(backend: Backend) -> None:
+    for operator, values in operator_arguments(torch.bfloat16).items():
+        overload = getattr(_library.ops(), operator).default
+        if backend.name == "compiled":
+            with pytest.raises(RuntimeError, match="y must be float32 or float64 on the CPU, got BFloat16"):
+                overload(*values)
+        else:
+            results = torch.library.opcheck(overload, op_contract.moved(values, backend.device))
+            assert set(results.values()) == {"SUCCESS"}, (operator, results)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (1, "scale must be float32 where y is bfloat16"),
+        (4, "out must have the dtype of y"),
+        (5, "statistics must be float32 where y is bfloat16"),
+    ],
+)
+def test_a_direct_call_with_bfloat16_planes_is_safe(place: int, message: str, backend: Backend) -> None:
+    if backend.name in ("reference", "compiled"):
+        pytest.skip("no kernel takes bfloat16 there")
+    arguments = list(op_contract.moved(operator_arguments(torch.bfloat16)["norm_relu_pool"], backend.device))
+    arguments[place] = arguments[place].to(torch.float32 if place == 4 else torch.bfloat16)
+    with pytest.raises(RuntimeError, match=message):
+        _library.ops().norm_relu_pool.default(*arguments)
 
 
 # ---- layouts, preallocated results, threads, errors ----
@@ -238,12 +358,12 @@ def test_result_is_channels_last_whatever_the_input(backend: Backend) -> None:
     assert torch.equal(*results)
 
 
-def test_preallocated_results_may_be_halves_of_a_batch(backend: Backend) -> None:
-    example = Example((3, 5, 4, 6))
-    x = {name: value.to(backend.device) for name, value in vars(example).items()}
+@each_stored
+def test_preallocated_results_may_be_halves_of_a_batch(dtype: torch.dtype, backend: Backend) -> None:
+    x = stored(vars(Example((3, 5, 4, 6))), dtype, backend.device)
     arguments = [x[name] for name in ("y", "y_tangent", "scale", "scale_tangent", "shift", "shift_tangent")]
     expected = norm_relu_pool_dual(*arguments)
-    both = torch.empty(6, 2, 3, 5, dtype=torch.float64, device=backend.device).permute(0, 3, 1, 2)
+    both = torch.empty(6, 2, 3, 5, dtype=dtype, device=backend.device).permute(0, 3, 1, 2)
     given = Dual(both[:3], both[3:], torch.empty_like(expected.statistics))
     got = norm_relu_pool_dual(*arguments, out=given)
     assert got is given
@@ -297,10 +417,11 @@ def test_bits_do_not_depend_on_the_threads(dtype: torch.dtype, backend: Backend)
         ({"y": [1.0]}, TypeError, r"y must be a tensor \[N, C, H, W\], got list"),
         ({"y": torch.ones(2, 3, 4)}, ValueError, r"with H and W at least 2, got \[2, 3, 4\]"),
         ({"y": torch.ones(2, 3, 1, 4)}, ValueError, r"with H and W at least 2, got \[2, 3, 1, 4\]"),
-        ({"y": torch.ones(2, 3, 4, 4).half()}, TypeError, r"float32 or float64, got torch.float16; convert it"),
+        ({"y": torch.ones(2, 3, 4, 4).half()}, TypeError, r"float64 or bfloat16, got torch.float16; convert it"),
+        ({"y": torch.ones(2, 3, 4, 4).bfloat16(), "shift": torch.ones(3).bfloat16()}, ValueError, "float32 where y is"),
         ({"scale": 1.0}, TypeError, r"scale must be a tensor \[C\], got float"),
         ({"scale": torch.ones(4)}, ValueError, r"scale must be \[3\], a value for each channel of y, got \[4\]"),
-        ({"shift": torch.ones(3).double()}, ValueError, "shift must have the dtype of y, torch.float32"),
+        ({"shift": torch.ones(3).double()}, ValueError, "shift must be torch.float32 where y is torch.float32"),
         ({"shift": torch.ones(3, device="meta")}, ValueError, "shift must be on the device of y, cpu, got meta"),
         ({"eps": 0.0}, ValueError, "eps must be above 0, got 0.0"),
         ({"eps": math.nan}, ValueError, "eps must be above 0, got nan"),
@@ -315,7 +436,7 @@ def test_errors(change: dict[str, Any], error: type[Exception], message: str, fu
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (0, torch.ones(2, 5, 4, 5).half(), "y must be float32 or float64, got Half"),
+        (0, torch.ones(2, 5, 4, 5).half(), "y must be float32(, float64 or bfloat16| or float64 on the CPU), got Half"),
         (0, torch.ones(2, 5, 1, 5), r"H and W from 2 to 32768, got \[2, 5, 1, 5\]"),
         (1, torch.ones(4), r"scale does not fit y \[2, 5, 4, 5\], got \[4\]"),
         (2, torch.ones(5).double(), "shift must have the dtype of y"),

@@ -13,6 +13,10 @@ of out and out' spread over their windows (1/4 each) and masked by s::
 The ordinary backward is dL/dy', sum(v xh), sum v. Double backward is dual, with the cotangents of the gradients as
 tangents, and dual backward with u = 0. Each face reads a plane once from memory. All planes are channels last in
 memory; other layouts are converted.
+
+Planes may be bfloat16, which halves the memory that is moved: y, out, their tangents and their gradients. All else is
+float32 then, also the arithmetic, so that each result is rounded once. Kernels for that are CUDA's; a CPU runs plain
+torch.
 """
 
 from __future__ import annotations
@@ -72,24 +76,25 @@ def norm_relu_pool(y: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-5, *
     Twice differentiable in y, scale and shift; forward mode once. With ``fused=False`` any number of times.
 
     Args:
-        y: float32 or float64, H and W at least 2 (and at most 32768 for compiled kernels). Channels last is fastest.
-            [N, C, H, W]
-        scale: as y. [C]
-        shift: as y. [C]
+        y: float32, float64 or bfloat16, H and W at least 2 (and at most 32768 for compiled kernels). Channels last is
+            fastest. [N, C, H, W]
+        scale: float32 where y is bfloat16, else as y. [C]
+        shift: as scale. [C]
         eps: added to the variance; above 0.
         fused: use the fused operator; False is the same in plain torch, differentiated by autograd.
 
     Returns:
-        The pooled planes, channels last in memory if fused. [N, C, H // 2, W // 2]
+        The pooled planes in y's dtype, channels last in memory if fused. [N, C, H // 2, W // 2]
 
     Raises:
-        TypeError: not tensors, or not float32 or float64.
+        TypeError: not tensors, or y of another dtype.
         ValueError: shapes, dtypes or devices that do not fit y, planes below 2x2, or eps not above 0.
         RuntimeError: on a third derivative of the fused operator, and on a reverse derivative of its forward mode.
     """
     _check(y, scale, shift, eps)
     if not fused:
-        return F.avg_pool2d(F.relu(F.group_norm(y, y.shape[1], scale, shift, eps)), 2)
+        z = F.group_norm(y.to(scale.dtype), y.shape[1], scale, shift, eps)
+        return F.avg_pool2d(F.relu(z), 2).to(y.dtype)
     form = function(_NormReluPool, _NormReluPoolWithJvp, _NormReluPoolWithContext)
     channels_last = y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # vmap lacks contiguous(memory_format)
     result: Tensor = form.apply(channels_last, scale, shift, eps)[0]
@@ -101,15 +106,16 @@ def _check(y: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
         raise TypeError(f"y must be a tensor [N, C, H, W], got {type(y).__name__}")
     if y.dim() != 4 or min(y.shape[2:]) < 2:
         raise ValueError(f"y must be [N, C, H, W] with H and W at least 2, got {list(y.shape)}")
-    if y.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"y must be float32 or float64, got {y.dtype}; convert it with .float()")
+    if y.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise TypeError(f"y must be float32, float64 or bfloat16, got {y.dtype}; convert it with .float()")
+    dtype = torch.float32 if y.dtype == torch.bfloat16 else y.dtype
     for name, value in (("scale", scale), ("shift", shift)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor [C], got {type(value).__name__}")
         if value.shape != y.shape[1:2]:
             raise ValueError(f"{name} must be [{y.shape[1]}], a value for each channel of y, got {list(value.shape)}")
-        if value.dtype != y.dtype:
-            raise ValueError(f"{name} must have the dtype of y, {y.dtype}, got {value.dtype}")
+        if value.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype} where y is {y.dtype}, got {value.dtype}")
         if value.device != y.device:
             raise ValueError(f"{name} must be on the device of y, {y.device}, got {value.device}")
     if not eps > 0:
@@ -117,6 +123,12 @@ def _check(y: Tensor, scale: Tensor, shift: Tensor, eps: float) -> None:
 
 
 # ---- the faces, for code that does its own differentiation ----
+
+
+def _ops(y: Tensor) -> Any:
+    """The operators in use; the compiled ones of the CPU lack bfloat16, so that plain torch stands in for them."""
+    lacking = y.dtype == torch.bfloat16 and y.device.type == "cpu"
+    return torch.ops.ddpp_reference if lacking and ops() is torch.ops.ddpp else ops()
 
 
 def norm_relu_pool_forward(
@@ -129,8 +141,8 @@ def norm_relu_pool_forward(
         out: the result of an earlier call on the same shapes, to be written over; its planes must be channels last.
     """
     if out is None:
-        out = Forward(_pooled_like(y), y.new_empty(STATISTICS, *y.shape[:2]))
-    ops().norm_relu_pool.default(y, scale, shift, eps, *out)
+        out = Forward(_pooled_like(y), scale.new_empty(STATISTICS, *y.shape[:2]))
+    _ops(y).norm_relu_pool.default(y, scale, shift, eps, *out)
     return out
 
 
@@ -153,7 +165,7 @@ def norm_relu_pool_backward(
     """
     if out is None:
         out = Backward(_planes_like(y), torch.empty_like(scale), torch.empty_like(shift))
-    ops().norm_relu_pool_backward.default(grad_out, y, scale, shift, statistics, *out)
+    _ops(y).norm_relu_pool_backward.default(grad_out, y, scale, shift, statistics, *out)
     return out
 
 
@@ -177,8 +189,8 @@ def norm_relu_pool_dual(
             They may be parts of larger tensors, such as the two halves of one batch.
     """
     if out is None:
-        out = Dual(_pooled_like(y), _pooled_like(y), y.new_empty(DUAL_STATISTICS, *y.shape[:2]))
-    ops().norm_relu_pool_dual.default(y, y_tangent, scale, scale_tangent, shift, shift_tangent, eps, *out)
+        out = Dual(_pooled_like(y), _pooled_like(y), scale.new_empty(DUAL_STATISTICS, *y.shape[:2]))
+    _ops(y).norm_relu_pool_dual.default(y, y_tangent, scale, scale_tangent, shift, shift_tangent, eps, *out)
     return out
 
 
@@ -207,7 +219,7 @@ def norm_relu_pool_dual_backward(
     """
     if out is None:
         out = DualBackward(_planes_like(y), _planes_like(y), torch.empty_like(scale), torch.empty_like(shift))
-    ops().norm_relu_pool_dual_backward.default(
+    _ops(y).norm_relu_pool_dual_backward.default(
         grad_out, grad_out_tangent, y, y_tangent, scale, scale_tangent, shift, statistics, *out
     )
     return out
@@ -222,7 +234,7 @@ def _pooled_like(y: Tensor) -> Tensor:
     return torch.empty((n, c, h // 2, w // 2), dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
 
 
-# ---- the meaning, in plain torch ----
+# ---- the meaning, in plain torch; bfloat16 planes are promoted where they meet a float32 statistic ----
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -248,15 +260,15 @@ def _where_active(z: Tensor, x: Tensor) -> Tensor:
     return torch.where(z <= 0, 0, x)  # a NaN is active
 
 
-def _spread(grad_out: Tensor, y: Tensor) -> Tensor:
-    """The gradient of the pooled planes, [N, C, H // 2, W // 2], as that of the planes, [N, C, H, W]."""
-    grad = (grad_out * 0.25).repeat_interleave(2, 2).repeat_interleave(2, 3)
-    return F.pad(grad, (0, y.shape[3] % 2, 0, y.shape[2] % 2))
+def _spread(grad_out: Tensor, z: Tensor) -> Tensor:
+    """The gradient of the pooled planes, [N, C, H // 2, W // 2], as that of the planes z, [N, C, H, W]."""
+    grad = (grad_out.to(z.dtype) * 0.25).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return F.pad(grad, (0, z.shape[3] % 2, 0, z.shape[2] % 2))
 
 
 @define("norm_relu_pool(Tensor y, Tensor scale, Tensor shift, float eps, Tensor(a!) out, Tensor(b!) statistics) -> ()")
 def _forward(y: Tensor, scale: Tensor, shift: Tensor, eps: float, out: Tensor, statistics: Tensor) -> None:
-    mean, rest = _mean_in_parts(y)
+    mean, rest = _mean_in_parts(y.to(scale.dtype))
     deviation = _deviation(y, mean, rest)
     rstd = (_mean(deviation.square()) + eps).rsqrt()
     z = deviation * _planes(scale * rstd) + _planes(shift)
@@ -280,7 +292,8 @@ def _backward(
 ) -> None:
     mean, rest, rstd = statistics
     xh = _deviation(y, mean, rest) * _planes(rstd)
-    v = _where_active(xh * _planes(scale) + _planes(shift), _spread(grad_out, y))
+    z = xh * _planes(scale) + _planes(shift)
+    v = _where_active(z, _spread(grad_out, z))
     w = v * _planes(scale)
     grad_y.copy_((w - _planes(_mean(w)) - xh * _planes(_mean(w * xh))) * _planes(rstd))
     grad_scale.copy_((v * xh).sum((0, 2, 3)))
@@ -306,7 +319,7 @@ def _dual(
     _forward(y, scale, shift, eps, out, statistics[:STATISTICS])
     mean, rest, rstd = statistics[:STATISTICS]
     xh = _deviation(y, mean, rest) * _planes(rstd)
-    tangent_mean, tangent_rest = _mean_in_parts(y_tangent)
+    tangent_mean, tangent_rest = _mean_in_parts(y_tangent.to(scale.dtype))
     deviation = _deviation(y_tangent, tangent_mean, tangent_rest)
     covariance = _mean(xh * deviation)
     xh_tangent = (deviation - xh * _planes(covariance)) * _planes(rstd)
@@ -341,7 +354,7 @@ def _dual_backward(
     deviation = _deviation(y_tangent, tangent_mean, tangent_rest)
     xh_tangent = (deviation - xh * m) * r
     z = xh * _planes(scale) + _planes(shift)
-    u, v = _where_active(z, _spread(grad_out, y)), _where_active(z, _spread(grad_out_tangent, y))
+    u, v = _where_active(z, _spread(grad_out, z)), _where_active(z, _spread(grad_out_tangent, z))
     w = v * _planes(scale)
     q = _planes(_mean(w * xh))
     grad_y_tangent.copy_((w - _planes(_mean(w)) - xh * q) * r)
