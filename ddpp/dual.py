@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from ddpp.models import Network, flat
@@ -30,17 +31,18 @@ class ConvNetStep:
     Args:
         network: one that :meth:`suits`; its own parameters are not used.
         tile: side of the Winograd tiles on the CPU; see :class:`ddpp.ops.convnet.Architecture`.
+        plane_dtype: see there.
 
     Attributes:
         account: if a tensor, it takes the times and bytes of compiled steps; see :func:`ddpp.ops.convnet.gradient`.
     """
 
-    def __init__(self, network: Network, tile: int = 2) -> None:
+    def __init__(self, network: Network, tile: int = 2, plane_dtype: torch.dtype | None = None) -> None:
         blocks = cast(nn.Sequential, network.features)
         convolution, norm = cast(nn.Conv2d, blocks[0]), cast(nn.GroupNorm, blocks[1])
         pad_y, pad_x = cast(tuple[int, int], convolution.padding)
         self.architecture = convnet.Architecture(
-            pad_y, pad_x, len(blocks) // _BLOCK, convolution.out_channels, norm.eps, tile
+            pad_y, pad_x, len(blocks) // _BLOCK, convolution.out_channels, norm.eps, tile, plane_dtype
         )
         self.classes, self.layout = network.classifier.out_features, flat.layout(network)
         self.account: Tensor | None = None

@@ -115,7 +115,7 @@ def outer_step(config: Config, device: torch.device) -> tuple[Callable[[], Match
     drawn = augment.draw(
         len(batches), size, *dataset.shape[1:], groups=groups, mode=config.augment.mode, generator=draw
     )
-    step = provider(network, "auto" if fused else "autograd", tile=config.run.winograd)
+    step = provider(network, "auto" if fused else "autograd", tile=config.run.winograd, bf16=config.run.bf16)
 
     def call() -> Matching:
         return matching_gradients(

@@ -110,7 +110,7 @@ def _halves(module: nn.Module) -> bool:
 PROVIDERS = ("auto", "autograd", "fused", "dual")
 
 
-def provider(network: nn.Module, name: str = "auto", *, tile: int = 2) -> Step:
+def provider(network: nn.Module, name: str = "auto", *, tile: int = 2, bf16: bool = False) -> Step:
     """What computes a student step and its adjoint. Built once, it keeps its buffers from one unroll to the next.
 
     Args:
@@ -119,9 +119,10 @@ def provider(network: nn.Module, name: str = "auto", *, tile: int = 2) -> Step:
             ReLU and pooling as one operator; ``dual``, the ConvNet's step written out on dual numbers
             (:mod:`ddpp.dual`), several times faster; ``auto``, the last one that suits the network.
         tile: side of the Winograd tiles that ``dual`` convolves with on the CPU: 2, 4 (faster, less exact) or 0, none.
+        bf16: ``dual`` keeps planes in bfloat16; see :class:`ddpp.ops.convnet.Architecture`.
 
     Raises:
-        UserError: an unknown name or tile, or ``dual`` for a network of other blocks.
+        UserError: an unknown name or tile, or ``dual`` or ``bf16`` for a network of other blocks.
     """
     if name not in PROVIDERS:
         raise UserError(f"unknown provider {name!r}{nearest(name, PROVIDERS)} Known: {', '.join(PROVIDERS)}")
@@ -135,7 +136,12 @@ def provider(network: nn.Module, name: str = "auto", *, tile: int = 2) -> Step:
         )
 
     if isinstance(network, Network) and suits and name in ("auto", "dual"):
-        return ConvNetStep(network, tile)
+        return ConvNetStep(network, tile, torch.bfloat16 if bf16 else None)
+    if bf16:
+        raise UserError(
+            "--bf16 is there for a ConvNet with instance normalisation and fused kernels, whose step is written out; "
+            "leave it out for others"
+        )
     return AutogradStep(network if name == "autograd" else _with_fused_blocks(network))
 
 

@@ -94,6 +94,8 @@ def test_other_networks_do_not_suit(options: dict[str, Any]) -> None:
     assert isinstance(provider(net), AutogradStep)
     with pytest.raises(UserError, match="provider 'dual' needs a ConvNet"):
         provider(net, "dual")
+    with pytest.raises(UserError, match="--bf16 is there for a ConvNet"):
+        provider(net, bf16=True)
 
 
 @pytest.mark.parametrize(

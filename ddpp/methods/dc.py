@@ -42,7 +42,7 @@ class DC:
         self.members = [torch.nonzero(labels == k).flatten() for k in range(len(problem.dataset.classes))]
         self.layout = flat.layout(problem.network)
         name = "auto" if config.run.use_fused_kernels else "autograd"
-        self.step = provider(problem.network, name, tile=config.run.winograd)
+        self.step = provider(problem.network, name, tile=config.run.winograd, bf16=config.run.bf16)
         nearest = min(_LOOPS, key=lambda ipc: abs(ipc - config.distill.ipc))
         self.loops = config.distill.loops or _LOOPS[nearest][0]
         epochs = config.distill.loop_epochs

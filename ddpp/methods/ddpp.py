@@ -58,7 +58,7 @@ class DDPP:
         self.distance = pruning.distance(self.rule, layout, **bounds, fused=run.use_fused_kernels)
         self.keep = pruning.keep(self.rule, layout, **bounds)
         name = "auto" if run.use_fused_kernels else "autograd"
-        self.step = provider(problem.network, name, tile=run.winograd)
+        self.step = provider(problem.network, name, tile=run.winograd, bf16=run.bf16)
         captured = run.cuda_graphs and run.use_fused_kernels and problem.device.type == "cuda"
         self.graphs = Graphs() if captured else None
 

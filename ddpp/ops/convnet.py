@@ -64,6 +64,8 @@ class Architecture(NamedTuple):
         eps: of the normalisation.
         tile: side m of the Winograd tiles of the compiled step: 2 (as exact as a direct convolution), 4 (faster), or 0,
             which takes torch's own convolutions.
+        plane_dtype: of the planes between the layers, if not that of the parameters: torch.bfloat16 halves what
+            a GPU moves. Statistics, the linear layer, parameters and their gradients keep theirs.
     """
 
     pad_y: int
@@ -72,12 +74,19 @@ class Architecture(NamedTuple):
     filters: int
     eps: float
     tile: int
+    plane_dtype: torch.dtype | None = None
 
     def call(self, name: str, *inputs: Tensor, outputs: Sequence[Tensor | None]) -> None:
-        """Calls one of the operators below, compiled unless the tile is 0."""
-        face = getattr(ops(), name).default if self.tile else references[name]
-        parts = min(torch.get_num_threads(), len(inputs[-1]))
-        face(*(x.detach().contiguous() for x in inputs), *self, parts, *outputs)
+        """Calls one of the operators below, compiled unless the tile is 0 or planes have a dtype of their own."""
+        arguments = (
+            *(x.detach().contiguous() for x in inputs),
+            *self[:-1],
+            min(torch.get_num_threads(), len(inputs[-1])),
+        )
+        if self.tile and self.plane_dtype is None:
+            getattr(ops(), name).default(*arguments, *outputs)
+        else:
+            references[name](*arguments, *outputs, plane_dtype=self.plane_dtype)
 
 
 def logits(architecture: Architecture, theta: Tensor, images: Tensor, classes: int) -> Tensor:
@@ -154,13 +163,14 @@ class _Layers(NamedTuple):
             inputs = filters
         return cls(blocks, vector[:-classes].view(classes, -1), vector[-classes:])
 
-    def convolving(self) -> _Layers:
-        """The same with weights in the layout of the planes, so that no convolution converts them again."""
-        return self._replace(blocks=[(_channels_last(weight), scale, shift) for weight, scale, shift in self.blocks])
+    def convolving(self, dtype: torch.dtype | None) -> _Layers:
+        """The same with weights in layout and dtype of the planes, so that no convolution converts them again."""
+        return self._replace(blocks=[(_planes(weight, dtype), scale, shift) for weight, scale, shift in self.blocks])
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+def _planes(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In the planes' layout, and in their dtype if they have one of their own."""
+    return x.to(dtype or x.dtype, memory_format=torch.channels_last)
 
 
 def _micro_batches(images: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -208,14 +218,15 @@ def _logits(
     m: int,
     parts: int,
     logits: Tensor,
+    plane_dtype: torch.dtype | None = None,
 ) -> None:
-    layers = _Layers.of(theta, images.shape[1], depth, filters, logits.shape[1]).convolving()
+    layers = _Layers.of(theta, images.shape[1], depth, filters, logits.shape[1]).convolving(plane_dtype)
     for x, out in _micro_batches(images, logits):
-        x = _channels_last(x)
+        x = _planes(x, plane_dtype)
         for k, (weight, scale, shift) in enumerate(layers.blocks):
             y = F.conv2d(x, weight, padding=_padding(k, pad_y, pad_x))
             x = norm_pool.norm_relu_pool_forward(y, scale, shift, eps).out
-        out.copy_(torch.addmm(layers.bias, x.flatten(1), layers.weight.t()))
+        out.copy_(torch.addmm(layers.bias, x.flatten(1).to(out.dtype), layers.weight.t()))
 
 
 @define(
@@ -235,12 +246,13 @@ def _gradient(
     parts: int,
     account: Tensor | None,
     gradient: Tensor,
+    plane_dtype: torch.dtype | None = None,
 ) -> None:
     size, pad = (images.shape[1], depth, filters, targets.shape[1]), (pad_y, pad_x)
-    layers = _Layers.of(theta, *size).convolving()
+    layers = _Layers.of(theta, *size).convolving(plane_dtype)
 
     def run(part: Tensor, x: Tensor, target: Tensor) -> None:
-        _gradient_of(_channels_last(x), target, len(images), layers, _Layers.of(part, *size), pad, eps)
+        _gradient_of(_planes(x, plane_dtype), target, len(images), layers, _Layers.of(part, *size), pad, eps)
 
     _summed(gradient, run, images, targets)
 
@@ -255,11 +267,11 @@ def _gradient_of(
         out = norm_pool.norm_relu_pool_forward(y, scale, shift, eps)
         seen.append((x, y, out.statistics))
         x = out.out
-    features = x.flatten(1)
+    features = x.flatten(1).to(target.dtype)
     d_logits = (torch.addmm(layers.bias, features, layers.weight.t()).softmax(1) - target).div_(n)
     torch.mm(d_logits.t(), features, out=sums.weight)
     torch.sum(d_logits, 0, out=sums.bias)
-    grad = (d_logits @ layers.weight).view(x.shape)
+    grad = _planes((d_logits @ layers.weight).view(x.shape), x.dtype)
     for k in reversed(range(len(seen))):
         (weight, scale, shift), (x, y, statistics) = layers.blocks[k], seen[k]
         d_weight, d_scale, d_shift = sums.blocks[k]
@@ -290,15 +302,16 @@ def _adjoint(
     d_images: Tensor,
     d_labels: Tensor,
     phi: Tensor,
+    plane_dtype: torch.dtype | None = None,
 ) -> None:
     size, pad, n = (images.shape[1], depth, filters, targets.shape[1]), (pad_y, pad_x), len(images)
-    layers, tangents = (_Layers.of(v, *size).convolving() for v in (theta, tangent))
+    layers, tangents = (_Layers.of(v, *size).convolving(plane_dtype) for v in (theta, tangent))
     phi.zero_()
 
     def run(part: Tensor, x: Tensor, target: Tensor, d_x: Tensor, d_label: Tensor) -> None:
         sums = _Layers.of(part, *size)
-        faces, seen = _dual_forward(_channels_last(x), layers, tangents, pad, eps)
-        features = faces.flatten(1)
+        faces, seen = _dual_forward(_planes(x, plane_dtype), layers, tangents, pad, eps)
+        features = faces.flatten(1).to(target.dtype)
         value, along = features.chunk(2)
         logits_tangent = torch.addmm(tangents.bias, along, layers.weight.t()).addmm_(value, tangents.weight.t())
         softmax = torch.addmm(layers.bias, value, layers.weight.t()).softmax(1)
@@ -314,7 +327,8 @@ def _adjoint(
         torch.sum(by_value, 0, out=sums.bias)
         grads = cotangents @ layers.weight
         grads[: len(x)].addmm_(by_tangent, tangents.weight)
-        d_x.copy_(_dual_backward(_channels_last(grads.view(faces.shape)), layers, tangents, sums, seen, pad))
+        grads = _planes(grads.view(faces.shape), plane_dtype)
+        d_x.copy_(_dual_backward(grads, layers, tangents, sums, seen, pad))
 
     _summed(gradient, run, images, targets, d_images, d_labels)
 
