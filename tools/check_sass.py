@@ -44,7 +44,7 @@ def kind(operation: str) -> str:
     """The class of a memory operation; nothing for others."""
     if operation.startswith(("LDL", "STL")):
         return "SPILL"
-    if operation.startswith(("LDG", "STG")):
+    if operation.startswith(("LDG", "STG")) and operation != "LDGDEPBAR":
         return operation[:3] + ("128" if ".128" in operation else "64" if ".64" in f"{operation}." else "")
     return ""
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #if defined(__CUDACC__)
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -30,3 +31,19 @@ inline int64_t max_shared_bytes() {
 #else
 #include "cuda_emul.h"
 #endif
+
+// Begins to copy a value to shared memory past the registers. The thread that asked finds it there after it
+// has waited; others after a barrier too.
+template <class X>
+__device__ __forceinline__ void copy_async(X* shared, const X* from) {
+  if constexpr (sizeof(X) >= 4) {
+    __pipeline_memcpy_async(shared, from, sizeof(X));
+  } else {
+    *shared = *from;
+  }
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}

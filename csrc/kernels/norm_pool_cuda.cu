@@ -1,7 +1,8 @@
 // One block works on a group of channels of one image: thread (lane, stripe) on `lane`'s pack of channels (16
-// bytes to calculate with) at every stripe-th 2x2 window. Each plane is read once from device memory; later
-// sweeps read it from shared memory, where each thread keeps its own pixels, or, where planes are too large
-// for that, again through the caches.
+// bytes to calculate with) at every stripe-th 2x2 window. Each plane is read once from device memory: at the
+// beginning each thread asks for all its pixels, which are copied to shared memory past the registers, so
+// that as much as fits there is on its way at once. Where planes are too large for that, every sweep reads
+// them through the caches.
 //
 // Device memory traffic in values per value of y (P = 1/4 for a pooled plane):
 //   forward 1 + P, backward 2 + P, dual 2 + 2 P, dual_backward 4 + 2 P.
@@ -23,6 +24,8 @@ constexpr int kBlocks = 2;                     // that fit on a multiprocessor t
 constexpr int64_t kMaxStaged = 96 * 1024;      // and, of the largest GPUs, by shared memory; bytes
 constexpr int64_t kDefaultShared = 48 * 1024;  // that need no permission
 constexpr int64_t kSector = 32;                // that device memory gives at once
+// Packs of a window in shared memory: four of each plane, one of each pooled plane.
+constexpr int kForwardKept = 4, kBackwardKept = 4 + 1, kDualKept = 2 * 4, kDualBackwardKept = 2 * (4 + 1);
 
 template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Pack {  // 16 bytes, or one channel where packs are not aligned
@@ -98,21 +101,27 @@ DDPP_INLINE void store_whole(S* to, const Pack<T, 1>& x) {
 struct Layout {
   int64_t channels, row;  // values from a pixel to the next and to the one below
   int height, width;
+  int tall, wide;    // windows, of an odd last row or column too
   int lanes;         // packs of a block, a power of two up to a warp
-  int64_t groups;    // blocks of an image
+  int down, right;   // from a thread's window to its next one
+  int groups;        // blocks of an image
   int64_t row_size;  // of a row of statistics
 };
 
-// A thread's place. Threads beyond the last channel do nothing, but reach every barrier.
-template <class T, int kWidth>
+// A thread's place; it keeps kKept packs of each window in shared memory. Threads beyond the last channel do
+// nothing, but reach every barrier.
+template <class T, int kWidth, int kKept>
 struct Place {
   using V = Pack<T, kWidth>;
 
   explicit DDPP_INLINE Place(const Layout& layout) : layout(layout) {
-    const int64_t n = blockIdx.x / layout.groups;
-    lane = static_cast<int>(threadIdx.x) % layout.lanes;
-    stripe = static_cast<int>(threadIdx.x) / layout.lanes;
-    channel = (blockIdx.x % layout.groups * layout.lanes + lane) * kWidth;
+    const int64_t n = blockIdx.x / static_cast<unsigned>(layout.groups);
+    const int group = static_cast<int>(blockIdx.x - n * layout.groups);
+    lane = static_cast<int>(threadIdx.x) & (layout.lanes - 1);
+    stripe = static_cast<int>(threadIdx.x / static_cast<unsigned>(layout.lanes));
+    first_y = stripe / layout.wide;
+    first_x = stripe - first_y * layout.wide;
+    channel = (int64_t{group} * layout.lanes + lane) * kWidth;
     active = channel < layout.channels;
     plane = n * layout.height * layout.row + channel;
     pooled = n * (layout.height / 2) * (layout.width / 2) * layout.channels + channel;
@@ -136,19 +145,18 @@ struct Place {
   }
 
   // window(at, pooled, slot) at each of this thread's windows: the offsets of its first and of its pooled
-  // pixel (-1: partly outside, not pooled), and the place of its first pixel among those of the thread.
+  // pixel (-1: partly outside, not pooled), and the place of its first pack among those of the thread.
   template <class F>
   DDPP_INLINE void windows(const F& window) const {
     if (!active) return;
-    const int wide = (layout.width + 1) / 2, count = (layout.height + 1) / 2 * wide,
-              stripes = kThreads / layout.lanes;
-    int slot = 0;
-    for (int i = stripe; i < count; i += stripes, slot += 4) {
-      const int y = i / wide, x = i % wide;
+    for (int y = first_y, x = first_x, slot = 0; y < layout.tall; slot += kKept) {
       const Window at{plane + 2 * (y * layout.row + x * layout.channels), 2 * x + 1 < layout.width,
                       2 * y + 1 < layout.height, slot};
       const bool whole = at.right && at.below;
       window(at, whole ? pooled + (y * (layout.width / 2) + x) * layout.channels : int64_t{-1});
+      y += layout.down;
+      x += layout.right;
+      if (x >= layout.wide) x -= layout.wide, ++y;
     }
   }
 
@@ -171,33 +179,33 @@ struct Place {
   }
 
   const Layout layout;
-  int lane, stripe;
+  int lane, stripe, first_y, first_x;
   int64_t channel, plane, pooled, statistic;
   bool active;
   T part;
 };
 
-// A plane that is read several times: first from device memory, then from where this thread keeps it.
+// Planes, or pooled planes, that are read several times: where this thread keeps its pixels, once it has
+// fetched them and waited; no barrier is needed. Or through the caches.
 template <class S, int kWidth, bool kStaged>
 struct Plane {
   using X = Stored<S, kWidth>;
   using V = Pack<Arithmetic<S>, kWidth>;
-  DDPP_INLINE V first(int64_t at, int slot) const {
-    const X x = *reinterpret_cast<const X*>(from + at);
-    if (kStaged) stage[slot * kThreads + threadIdx.x] = x;
+  DDPP_INLINE void fetch(int64_t at, int slot) const {
+    if (kStaged) copy_async(stage + slot * kThreads + threadIdx.x, of_device(at));
+  }
+  DDPP_INLINE V operator()(int64_t at, int slot) const {
+    const X x = kStaged ? stage[slot * kThreads + threadIdx.x] : *of_device(at);
     return unpacked(x);
   }
-  DDPP_INLINE V again(int64_t at, int slot) const {
-    const X x = kStaged ? stage[slot * kThreads + threadIdx.x] : *reinterpret_cast<const X*>(from + at);
-    return unpacked(x);
-  }
+  DDPP_INLINE const X* of_device(int64_t at) const { return reinterpret_cast<const X*>(from + at); }
   const S* from;
   X* stage;
 };
 
 // Replaces each of the sums by the sum over the block's threads of the same lane.
-template <int kSums, class T, int kWidth>
-DDPP_INLINE void sum_stripes(Pack<T, kWidth> (&sums)[kSums], const Place<T, kWidth>& place,
+template <int kSums, class T, int kWidth, int kKept>
+DDPP_INLINE void sum_stripes(Pack<T, kWidth> (&sums)[kSums], const Place<T, kWidth, kKept>& place,
                              Pack<T, kWidth>* scratch) {
   const int lanes = place.layout.lanes, warp = static_cast<int>(threadIdx.x) / kWarpSize;
   for (int s = 0; s < kSums; ++s) {
@@ -215,8 +223,8 @@ DDPP_INLINE void sum_stripes(Pack<T, kWidth> (&sums)[kSums], const Place<T, kWid
   __syncthreads();  // scratch may be used again
 }
 
-template <class T, int kWidth>
-DDPP_INLINE Norm<Pack<T, kWidth>> saved_norm(const Place<T, kWidth>& place, const T* statistics,
+template <class T, int kWidth, int kKept>
+DDPP_INLINE Norm<Pack<T, kWidth>> saved_norm(const Place<T, kWidth, kKept>& place, const T* statistics,
                                              const T* scale, const T* shift) {
   return {place.saved(statistics, kMean), place.saved(statistics, kRest), place.saved(statistics, kRstd),
           place.of_channel(scale), place.of_channel(shift)};
@@ -234,17 +242,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                    Layout layout, S* __restrict__ out, T* __restrict__ statistics) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
-  const Place<T, kWidth> place(layout);
+  const Place<T, kWidth, kForwardKept> place(layout);
   const Plane<S, kWidth, kStaged> planes{y, behind_sums<S>(shared, layout, 2)};
+  place.pixels([&](int64_t at, int slot) { planes.fetch(at, slot); });
   const V start =
       place.active ? place.load(y + place.plane) : V{};  // makes the mean of a constant plane exact
+  wait_for_copies();
   V first[1] = {};
-  place.pixels([&](int64_t at, int slot) { first[0] = first[0] + (planes.first(at, slot) - start); });
+  place.pixels([&](int64_t at, int slot) { first[0] = first[0] + (planes(at, slot) - start); });
   sum_stripes(first, place, shared);
   const V mean = start + first[0] * place.part;
   V sums[2] = {};
   place.pixels([&](int64_t at, int slot) {
-    const V d = planes.again(at, slot) - mean;
+    const V d = planes(at, slot) - mean;
     sums[0] = sums[0] + d;
     sums[1] = sums[1] + d * d;
   });
@@ -259,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (pooled < 0) return;
     V pool{};
     place.in_window(window, [&](int64_t at, int slot) {
-      const V z = norm(norm.deviation(planes.again(at, slot)));
+      const V z = norm(norm.deviation(planes(at, slot)));
       pool = pool + where_active(z, z);
     });
     place.store(out + pooled, pool * T(0.25));
@@ -273,14 +283,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
                     S* __restrict__ grad_y, T* __restrict__ grad_scale, T* __restrict__ grad_shift) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
-  const Place<T, kWidth> place(layout);
-  const Plane<S, kWidth, kStaged> planes{y, behind_sums<S>(shared, layout, 2)};
+  const Place<T, kWidth, kBackwardKept> place(layout);
+  auto* const stage = behind_sums<S>(shared, layout, 2);
+  const Plane<S, kWidth, kStaged> planes{y, stage}, grads{grad_out, stage + 4 * kThreads};
+  place.windows([&](const auto& window, int64_t pooled) {
+    if (pooled >= 0) grads.fetch(pooled, window.slot);
+    place.in_window(window, [&](int64_t at, int slot) { planes.fetch(at, slot); });
+  });
   const auto norm = saved_norm(place, statistics, scale, shift);
+  wait_for_copies();
   V sums[2] = {};  // of the gradient behind ReLU, and of its product with the deviation
   place.windows([&](const auto& window, int64_t pooled) {
-    const V grad = pooled < 0 ? V{} : place.load(grad_out + pooled) * T(0.25);
+    const V grad = pooled < 0 ? V{} : grads(pooled, window.slot) * T(0.25);
     place.in_window(window, [&](int64_t at, int slot) {
-      const V d = norm.deviation(planes.first(at, slot)), g = where_active(norm(d), grad);
+      const V d = norm.deviation(planes(at, slot)), g = where_active(norm(d), grad);
       sums[0] = sums[0] + g;
       sums[1] = sums[1] + g * d;
     });
@@ -290,9 +306,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   place.save(grad_scale, 0, terms.grad_scale);
   place.save(grad_shift, 0, terms.grad_shift);
   place.windows([&](const auto& window, int64_t pooled) {
-    const V grad = pooled < 0 ? V{} : place.load(grad_out + pooled) * T(0.25) * norm.gain;
+    const V grad = pooled < 0 ? V{} : grads(pooled, window.slot) * T(0.25) * norm.gain;
     place.in_window(window, [&](int64_t at, int slot) {
-      const V d = norm.deviation(planes.again(at, slot));
+      const V d = norm.deviation(planes(at, slot));
       place.store(grad_y + at, where_active(norm(d), grad) + terms.constant - d * terms.slope);
     });
   });
@@ -301,24 +317,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     dual_kernel(Dual<const S> y, Dual<const T> scale, Dual<const T> shift, T eps, Layout layout, Dual<S> out,
-                T* __restrict__ statistics, int slots) {
+                T* __restrict__ statistics) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
-  const Place<T, kWidth> place(layout);
+  const Place<T, kWidth, kDualKept> place(layout);
   auto* const stage = behind_sums<S>(shared, layout, 4);
-  const Plane<S, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + slots * kThreads};
+  const Plane<S, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + 4 * kThreads};
+  place.pixels([&](int64_t at, int slot) {
+    values.fetch(at, slot);
+    tangents.fetch(at, slot);
+  });
   const V start = place.active ? place.load(y.value + place.plane) : V{};
   const V tangent_start = place.active ? place.load(y.tangent + place.plane) : V{};
+  wait_for_copies();
   V first[2] = {};
   place.pixels([&](int64_t at, int slot) {
-    first[0] = first[0] + (values.first(at, slot) - start);
-    first[1] = first[1] + (tangents.first(at, slot) - tangent_start);
+    first[0] = first[0] + (values(at, slot) - start);
+    first[1] = first[1] + (tangents(at, slot) - tangent_start);
   });
   sum_stripes(first, place, shared);
   const V mean = start + first[0] * place.part, tangent_mean = tangent_start + first[1] * place.part;
   V sums[4] = {};
   place.pixels([&](int64_t at, int slot) {
-    const V d = values.again(at, slot) - mean, t = tangents.again(at, slot) - tangent_mean;
+    const V d = values(at, slot) - mean, t = tangents(at, slot) - tangent_mean;
     sums[0] = sums[0] + d;
     sums[1] = sums[1] + d * d;
     sums[2] = sums[2] + t;
@@ -340,8 +361,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     if (pooled < 0) return;
     V pool{}, tangent_pool{};
     place.in_window(window, [&](int64_t at, int slot) {
-      const V d = norm.deviation(values.again(at, slot)), z = norm(d);
-      const V t = tangent.deviation(tangents.again(at, slot));
+      const V d = norm.deviation(values(at, slot)), z = norm(d);
+      const V t = tangent.deviation(tangents(at, slot));
       pool = pool + where_active(z, z);
       tangent_pool = tangent_pool + where_active(z, d * terms.slope + t * norm.gain + terms.constant);
     });
@@ -354,21 +375,30 @@ template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     dual_backward_kernel(Dual<const S> grad_out, Dual<const S> y, Dual<const T> scale,
                          const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout,
-                         Dual<S> grad_y, T* __restrict__ grad_scale, T* __restrict__ grad_shift, int slots) {
+                         Dual<S> grad_y, T* __restrict__ grad_scale, T* __restrict__ grad_shift) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
-  const Place<T, kWidth> place(layout);
+  const Place<T, kWidth, kDualBackwardKept> place(layout);
   auto* const stage = behind_sums<S>(shared, layout, 5);
-  const Plane<S, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + slots * kThreads};
+  const Plane<S, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + 4 * kThreads},
+      us{grad_out.value, stage + 8 * kThreads}, vs{grad_out.tangent, stage + 9 * kThreads};
+  place.windows([&](const auto& window, int64_t pooled) {
+    if (pooled >= 0) us.fetch(pooled, window.slot), vs.fetch(pooled, window.slot);
+    place.in_window(window, [&](int64_t at, int slot) {
+      values.fetch(at, slot);
+      tangents.fetch(at, slot);
+    });
+  });
   const auto norm = saved_norm(place, statistics, scale.value, shift);
   const Tangent<V> tangent{place.saved(statistics, kTangentMean), place.saved(statistics, kTangentRest),
                            place.saved(statistics, kCovariance)};
+  wait_for_copies();
   V sums[5] = {};
   place.windows([&](const auto& window, int64_t pooled) {
-    const V u = pooled < 0 ? V{} : place.load(grad_out.value + pooled) * T(0.25);
-    const V v = pooled < 0 ? V{} : place.load(grad_out.tangent + pooled) * T(0.25);
+    const V u = pooled < 0 ? V{} : us(pooled, window.slot) * T(0.25);
+    const V v = pooled < 0 ? V{} : vs(pooled, window.slot) * T(0.25);
     place.in_window(window, [&](int64_t at, int slot) {
-      const V d = norm.deviation(values.first(at, slot)), t = tangent.deviation(tangents.first(at, slot));
+      const V d = norm.deviation(values(at, slot)), t = tangent.deviation(tangents(at, slot));
       const V z = norm(d), u_active = where_active(z, u), v_active = where_active(z, v);
       sums[0] = sums[0] + u_active;
       sums[1] = sums[1] + u_active * d;
@@ -383,11 +413,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   place.save(grad_scale, 0, terms.grad_scale);
   place.save(grad_shift, 0, terms.grad_shift);
   place.windows([&](const auto& window, int64_t pooled) {
-    const V u = pooled < 0 ? V{} : place.load(grad_out.value + pooled) * T(0.25);
-    const V v = pooled < 0 ? V{} : place.load(grad_out.tangent + pooled) * T(0.25);
+    const V u = pooled < 0 ? V{} : us(pooled, window.slot) * T(0.25);
+    const V v = pooled < 0 ? V{} : vs(pooled, window.slot) * T(0.25);
     const V grad = u * norm.gain + v * terms.v_gain, tangent_grad = v * norm.gain;
     place.in_window(window, [&](int64_t at, int slot) {
-      const V d = norm.deviation(values.again(at, slot)), t = tangent.deviation(tangents.again(at, slot));
+      const V d = norm.deviation(values(at, slot)), t = tangent.deviation(tangents(at, slot));
       const V z = norm(d);
       place.store(grad_y.value + at,
                   where_active(z, grad) + terms.constant - d * terms.slope - t * terms.tangent_slope);
@@ -422,33 +452,38 @@ __global__ void __launch_bounds__(kThreads)
 
 struct Launch {
   Layout layout;
-  int slots;  // pixels of a thread
   int64_t blocks, shared_bytes;
   bool staged;
 };
 
+// For a kernel with scratch for so many sums, that keeps so many packs of a window.
 template <class S, int kWidth>
-Launch make_launch(const PlaneBatch& size, int sums, int planes) {
+Launch make_launch(const PlaneBatch& size, int sums, int kept) {
   constexpr int64_t kBytes = sizeof(Stored<S, kWidth>), kSumBytes = sizeof(Pack<Arithmetic<S>, kWidth>);
   const int64_t packs = size.channels / kWidth;
-  const int windows = static_cast<int>((size.height + 1) / 2 * ((size.width + 1) / 2));
+  const int tall = static_cast<int>(size.height + 1) / 2, wide = static_cast<int>(size.width + 1) / 2,
+            windows = tall * wide;
   int lanes = 1;
   while (lanes < kWarpSize && lanes < packs && (lanes * kBytes < kSector || lanes * windows < kThreads))
     lanes *= 2;
-  const int64_t groups = (packs + lanes - 1) / lanes;
-  const int stripes = kThreads / lanes, slots = (windows + stripes - 1) / stripes * 4;
+  const int groups = static_cast<int>((packs + lanes - 1) / lanes);
+  const int stripes = kThreads / lanes, each = (windows + stripes - 1) / stripes;
   const int64_t scratch = kSumBytes * kWarps * lanes * sums;
-  const int64_t staged = scratch + kBytes * kThreads * slots * planes;
+  const int64_t staged = scratch + kBytes * kThreads * each * kept;
   const int64_t available = max_shared_bytes();
   const bool fits = staged <= (available < kMaxStaged ? available : kMaxStaged);
   const Layout layout{size.channels,
                       size.width * size.channels,
                       static_cast<int>(size.height),
                       static_cast<int>(size.width),
+                      tall,
+                      wide,
                       lanes,
+                      stripes / wide,
+                      stripes % wide,
                       groups,
                       size.n * size.channels};
-  return {layout, slots, size.n * groups, fits ? staged : scratch, fits};
+  return {layout, size.n * groups, fits ? staged : scratch, fits};
 }
 
 template <class... Parameters, class... Arguments>
@@ -489,7 +524,7 @@ int64_t scratch_bytes(const PlaneBatch& size) {
 template <class S, int kWidth, class T = Arithmetic<S>>
 int forward_as(const S* y, const T* scale, const T* shift, double eps, const PlaneBatch& size, S* out,
                T* statistics, const Queue& queue) {
-  const Launch launch = make_launch<S, kWidth>(size, 2, 1);
+  const Launch launch = make_launch<S, kWidth>(size, 2, kForwardKept);
   const auto kernel = launch.staged ? forward_kernel<S, kWidth, true> : forward_kernel<S, kWidth, false>;
   return start(kernel, launch, queue, y, scale, shift, static_cast<T>(eps), launch.layout, out, statistics);
 }
@@ -506,7 +541,7 @@ template <class S, int kWidth, class T = Arithmetic<S>>
 int backward_as(const S* grad_out, const S* y, const T* scale, const T* shift, const T* statistics,
                 const PlaneBatch& size, void* scratch, S* grad_y, T* grad_scale, T* grad_shift,
                 const Queue& queue) {
-  const Launch launch = make_launch<S, kWidth>(size, 2, 1);
+  const Launch launch = make_launch<S, kWidth>(size, 2, kBackwardKept);
   const auto kernel = launch.staged ? backward_kernel<S, kWidth, true> : backward_kernel<S, kWidth, false>;
   T *scale_sums = static_cast<T*>(scratch), *shift_sums = scale_sums + size.n * size.channels;
   const int error = start(kernel, launch, queue, grad_out, y, scale, shift, statistics, launch.layout, grad_y,
@@ -527,10 +562,9 @@ int backward(const S* grad_out, const S* y, const T* scale, const T* shift, cons
 template <class S, int kWidth, class T = Arithmetic<S>>
 int dual_as(Dual<const S> y, Dual<const T> scale, Dual<const T> shift, double eps, const PlaneBatch& size,
             Dual<S> out, T* statistics, const Queue& queue) {
-  const Launch launch = make_launch<S, kWidth>(size, 4, 2);
+  const Launch launch = make_launch<S, kWidth>(size, 4, kDualKept);
   const auto kernel = launch.staged ? dual_kernel<S, kWidth, true> : dual_kernel<S, kWidth, false>;
-  return start(kernel, launch, queue, y, scale, shift, static_cast<T>(eps), launch.layout, out, statistics,
-               launch.slots);
+  return start(kernel, launch, queue, y, scale, shift, static_cast<T>(eps), launch.layout, out, statistics);
 }
 
 template <class S, class T = Arithmetic<S>>
@@ -547,12 +581,12 @@ template <class S, int kWidth, class T = Arithmetic<S>>
 int dual_backward_as(Dual<const S> grad_out, Dual<const S> y, Dual<const T> scale, const T* shift,
                      const T* statistics, const PlaneBatch& size, void* scratch, Dual<S> grad_y,
                      T* grad_scale, T* grad_shift, const Queue& queue) {
-  const Launch launch = make_launch<S, kWidth>(size, 5, 2);
+  const Launch launch = make_launch<S, kWidth>(size, 5, kDualBackwardKept);
   const auto kernel =
       launch.staged ? dual_backward_kernel<S, kWidth, true> : dual_backward_kernel<S, kWidth, false>;
   T *scale_sums = static_cast<T*>(scratch), *shift_sums = scale_sums + size.n * size.channels;
   const int error = start(kernel, launch, queue, grad_out, y, scale, shift, statistics, launch.layout, grad_y,
-                          scale_sums, shift_sums, launch.slots);
+                          scale_sums, shift_sums);
   return error ? error : sum_images<T>(scale_sums, size, grad_scale, grad_shift, queue);
 }
 

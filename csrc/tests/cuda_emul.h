@@ -9,7 +9,8 @@
 //
 // Covered: threadIdx/blockIdx/blockDim/gridDim, __shared__ (static and dynamic),
 // __syncthreads, __syncwarp, __shfl_*_sync, __ballot/any/all_sync, atomics on
-// global and shared memory, __ldg, __stwb of float4, double2 and uint2, basic math. Not modelled: memory
+// global and shared memory, __ldg, __stwb of float4, double2 and uint2, basic math, asynchronous
+// copies to shared memory of which all are waited for. Not modelled: memory
 // consistency between barriers, concurrent blocks, CUDA's types of half precision (kernels/bfloat16.h is our
 // own), occupancy limits other than the block size.
 #pragma once
@@ -87,16 +88,23 @@ DDPP_EMUL_SWITCH inline void leave_for(Place& here, Place& there) {
   if (__builtin_setjmp(here.buffer) == 0) go_to(there);
 }
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Fiber {
   Place place;
   std::unique_ptr<char[]> stack;
   uint3 thread;
   int lane = 0, warp = 0;
   Wait wait = Wait::kNone;
-  const char* where = "";  // which collective it waits in
-  unsigned mask = 0;       // lanes named by that collective
-  uint64_t value = 0;      // what it offers to the other lanes
-  uint64_t epoch = 0;      // how many warp collectives it has joined
+  const char* where = "";    // which collective it waits in
+  unsigned mask = 0;         // lanes named by that collective
+  uint64_t value = 0;        // what it offers to the other lanes
+  uint64_t epoch = 0;        // how many warp collectives it has joined
+  std::vector<Copy> copies;  // on their way to shared memory: nothing is there before the thread has waited
 };
 
 struct Block {
@@ -229,6 +237,7 @@ inline void run_block(Block& b, void (*entry)(void*), void* arg) {
     f.warp = int(i / kWarp);
     f.wait = Wait::kNone;
     f.epoch = 0;
+    f.copies.clear();
   }
   // One warp runs as far as it can get before the next one starts: the schedule
   // that most often shows a missing barrier.
@@ -452,6 +461,17 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 inline double2 make_double2(double x, double y) { return {x, y}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline void __threadfence() {}
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  const auto bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || bits % bytes != 0)
+    throw std::runtime_error("asynchronous copy not of 4, 8 or 16 aligned bytes");
+  ddpp_emul::g_fiber->copies.push_back({to, from, bytes});
+}
+inline void __pipeline_commit() {}
+inline void __pipeline_wait_prior(size_t) {
+  for (const auto& copy : ddpp_emul::g_fiber->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+  ddpp_emul::g_fiber->copies.clear();
+}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 using std::max;
 using std::min;
