@@ -8,6 +8,7 @@ why that is wrong. Ends with 1 when a bug is not caught, and when its text is no
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -95,8 +96,13 @@ def plant(op: str) -> int:
 
 def main() -> None:
     known = sorted(path.stem.removeprefix("planted_") for path in (ROOT / "csrc/tests").glob("planted_*.toml"))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"some of {', '.join(known)}; by default all")
+    ops = parser.parse_args().ops or known
+    if unknown := set(ops) - set(known):
+        parser.error(f"no bugs are known for {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # most of the time one compiler runs
-        missed = sum(pool.map(plant, sys.argv[1:] or known))
+        missed = sum(pool.map(plant, ops))
     sys.exit(missed > 0)
 
 
