@@ -15,6 +15,9 @@
 #define DDPP_DYNAMIC_SHARED(type, name)                       \
   extern __shared__ __align__(16) unsigned char name##_raw[]; \
   type* name = reinterpret_cast<type*>(name##_raw)
+// Before a loop: how often nvcc repeats its body.
+#define DDPP_UNROLL(times) DDPP_PRAGMA(unroll times)
+#define DDPP_PRAGMA(text) _Pragma(#text)
 // Lets `kernel` be launched with more than 48 KB of dynamic shared memory; gives cudaSuccess or an error.
 #define DDPP_ALLOW_SHARED(kernel, shared_bytes) \
   cudaFuncSetAttribute((kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))

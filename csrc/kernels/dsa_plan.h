@@ -17,6 +17,9 @@ DDPP_HOST_DEVICE T clamped(T x, T low, T high) {
   const T above = x > low ? x : low;
   return above < high ? above : high;
 }
+#if defined(__CUDACC__)  // the same, in one instruction each
+DDPP_HOST_DEVICE float clamped(float x, float low, float high) { return fminf(fmaxf(x, low), high); }
+#endif
 
 // Colour is one affine map of an image's values. Without the offset it is its own transpose.
 struct Color {

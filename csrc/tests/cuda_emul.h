@@ -9,7 +9,7 @@
 //
 // Covered: threadIdx/blockIdx/blockDim/gridDim, __shared__ (static and dynamic),
 // __syncthreads, __syncwarp, __shfl_*_sync, __ballot/any/all_sync, atomics on
-// global and shared memory, __ldg, __stwb of float4, double2 and uint2, basic math, asynchronous
+// global and shared memory, __ldg, __stwb of float4, double2 and uint2, __saturatef, basic math, asynchronous
 // copies to shared memory of which all are waited for. Not modelled: memory
 // consistency between barriers, concurrent blocks, CUDA's types of half precision (kernels/bfloat16.h is our
 // own), occupancy limits other than the block size.
@@ -473,6 +473,7 @@ inline void __pipeline_wait_prior(size_t) {
   ddpp_emul::g_fiber->copies.clear();
 }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __saturatef(float x) { return x > 0 ? std::min(x, 1.0f) : 0.0f; }  // of NaN too
 using std::max;
 using std::min;
 
@@ -496,6 +497,7 @@ inline cudaError_t cudaGetLastError() {
 #define DDPP_DYNAMIC_SHARED(type, name) \
   type* name = reinterpret_cast<type*>( \
       (reinterpret_cast<uintptr_t>(::ddpp_emul::g_block->dynamic_shared.data()) + 15) & ~uintptr_t(15))
+#define DDPP_UNROLL(times)
 #define DDPP_ALLOW_SHARED(kernel, shared_bytes) (::ddpp_emul::allow_shared((kernel), (shared_bytes)))
 
 inline int64_t max_shared_bytes() { return static_cast<int64_t>(ddpp_emul::max_shared); }

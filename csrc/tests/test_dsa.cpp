@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <random>
 
@@ -275,6 +276,25 @@ void check_copies(const Setting& setting) {
       }
 }
 
+// A NaN goes where its pixel is copied to and nowhere else, not to the other channels either.
+template <class T>
+void check_nan_stays(const Setting& setting) {
+  const int h = 9, w = 13;
+  const std::vector<Plan> rows{identity(), with({{kFlip, 1}}), with({{kShiftY, -2}, {kShiftX, 3}}),
+                               with({{kTop, 3}, {kBottom, 5}, {kLeft, 4}, {kRight, 9}})};
+  Batch<T> batch({4, 3, h, w}, rows, 0);
+  for (int i = 0; i < 4; ++i)
+    batch.images[i * batch.size + (h + 4) * w + 5] = std::numeric_limits<T>::quiet_NaN();
+  for (const bool transpose : {false, true}) {
+    const Array<T> out = batch.run(setting, setting.queues[0], transpose);
+    for (int i = 0; i < 4; ++i) {
+      const T* image = out.data() + i * batch.size;
+      const auto found = std::count_if(image, image + batch.size, [](T x) { return std::isnan(x); });
+      CHECK(found == (i == 3 ? 0 : 1));  // it is cut out of the last one
+    }
+  }
+}
+
 // Images do not touch each other, whatever is in them or in their rows.
 template <class T>
 void check_not_finite(const Setting& setting) {
@@ -372,6 +392,7 @@ void check_all(const Setting& setting) {
     }
   check_against_definition<T>(setting, 3, 128, 128, 0);
   check_copies<T>(setting);
+  check_nan_stays<T>(setting);
   check_not_finite<T>(setting);
   check_neighbours<T>(setting);
   for (const auto& shape : {ImageBatch{0, 3, 8, 8}, ImageBatch{2, 3, 0, 8}, ImageBatch{2, 1, 8, 0}})
