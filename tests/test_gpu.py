@@ -10,8 +10,8 @@ from test_unroll import problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpp import distill
-from ddpp.config import DistillConfig
+from ddpp import augment, distill, models
+from ddpp.config import DistillConfig, ModelConfig
 from ddpp.gpu import MOST_GRAPHS, Graphs, Results, send
 from ddpp.methods import Update
 from ddpp.models import flat
@@ -132,6 +132,36 @@ class NobodyWaits(TorchDispatchMode):
         by_mask = any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in chosen)
         assert name not in self.WAITING and not by_mask, f"{func.name()} waits for the device"
         return func(*args, **(kwargs or {}))
+
+
+class Launches(TorchDispatchMode):
+    """Counts the calls that are a kernel or more on a GPU: all but allocations and views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.count += not (view or "empty" in func.name() or func.name() == "aten::detach")
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_inner_step_is_few_kernels() -> None:
+    """On a few images a GPU's time is their number. The path that it takes, of a ConvNet of three blocks."""
+    network = models.build(ModelConfig(), (3, 32, 32), 3, seed=0)
+    start, step = flat.flatten(network), provider(network, "dual", tile=0)
+
+    def launches(steps: int) -> int:
+        images, labels, batch = torch.ones(3, 3, 32, 32), torch.arange(3), torch.arange(3)
+        plans = list(augment.draw(steps, 3, 32, 32, groups=augment.GROUPS, mode="one", generator=torch.Generator()))
+        with Launches() as counted:
+            matching_gradients(
+                network, start, start + 1, images, labels, torch.tensor(0.1), [batch] * steps, plans, step=step
+            )
+        return counted.count
+
+    assert launches(3) - launches(2) <= 101  # forward and back; the plain graph of all steps has several hundred
 
 
 @pytest.mark.parametrize("name", ["dual", "fused", "autograd"])

@@ -72,13 +72,22 @@ def test(folder: Path, op: str, *chosen: str) -> str | None:
 def plant(op: str) -> int:
     """Plants each bug of one op; returns how many were missed."""
     planted = tomllib.loads((ROOT / f"csrc/tests/planted_{op}.toml").read_text())
+    plain = planted.get("plain", [])  # files whose bugs show without sanitizers, several times faster
+    groups = {
+        "": [bug for bug in planted["bug"] if bug["file"] in plain],
+        planted.get("sanitizers", "address,undefined"): [bug for bug in planted["bug"] if bug["file"] not in plain],
+    }
+    return sum(_plant(op, bugs, planted.get("with", []), sanitizers) for sanitizers, bugs in groups.items() if bugs)
+
+
+def _plant(op: str, bugs: list[dict[str, str]], others: list[str], sanitizers: str) -> int:
     missed = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        configure(folder, op, planted.get("with", []), planted.get("sanitizers", "address,undefined"))
+        configure(folder, op, others, sanitizers)
         if said := test(folder, op):
             sys.exit(f"{op}: the tests fail without a planted bug: {said}")
-        for bug in planted["bug"]:
+        for bug in bugs:
             path = folder / "csrc" / bug["file"]
             right = path.read_text()
             if right.count(bug["old"]) != 1:
