@@ -68,13 +68,14 @@ class Case:
 CASES = {"IPC 1, J = 50": Case(1, 10, 50), "batch 100, J = 10": Case(10, 100, 10)}
 LONGER = {"IPC 1, J = 10": Case(1, 10, 10), "IPC 1, J = 80": Case(1, 10, 80), "IPC 50, J = 80": Case(50, 250, 80)}
 REFERENCE = "reference"
-#: Provider and Winograd tile of the adjoint engine.
+#: Provider and Winograd tile of the adjoint engine, and whether planes are bfloat16.
 SIDES = {
-    "autograd": ("autograd", 0),
-    "fused Functions": ("fused", 0),
-    "dual": ("dual", 0),
-    "dual, F(2, 3)": ("dual", 2),
-    "dual, F(4, 3)": ("dual", 4),
+    "autograd": ("autograd", 0, False),
+    "fused Functions": ("fused", 0, False),
+    "dual": ("dual", 0, False),
+    "dual, F(2, 3)": ("dual", 2, False),
+    "dual, F(4, 3)": ("dual", 4, False),
+    "dual, bf16 planes": ("dual", 0, True),
 }
 
 
@@ -82,8 +83,8 @@ def side(name: str, problem: dict[str, Any]) -> Side:
     """What computes one outer step; buffers are kept from call to call, as a run keeps them."""
     if name == REFERENCE:
         return lambda: matching_gradients(**problem, engine="unrolled", fused=False)
-    kind, tile = SIDES[name]
-    step = provider(problem["network"], kind, tile=tile)
+    kind, tile, bf16 = SIDES[name]
+    step = provider(problem["network"], kind, tile=tile, bf16=bf16)
     return lambda: matching_gradients(**problem, step=step)
 
 
