@@ -28,18 +28,27 @@ Results = Tensor | tuple[Tensor | None, ...]
 Capture = Callable[[Callable[[], Results]], tuple[Results, Callable[[], None]]]
 
 
-def cuda_graph(call: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
-    """Captures a call as a CUDA graph. The call must neither wait for the GPU nor look at a value there."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return results, graph.replay
+class CudaGraphs:
+    """Captures calls as CUDA graphs. They must neither wait for the GPU nor look at a value there.
+
+    Graphs share the memory of what lies between arguments and results, so that no two of them may run at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, call: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            results = call()
+        self._pool = graph.pool()
+        return results, graph.replay
 
 
 class _Slot:
@@ -87,11 +96,11 @@ class Graphs:
     combinations of shapes, and after a capture that failed, it is called plainly.
 
     Args:
-        capture: another way to capture and replay.
+        capture: another way to capture and replay than as CUDA graphs.
     """
 
-    def __init__(self, capture: Capture = cuda_graph) -> None:
-        self.capture = capture
+    def __init__(self, capture: Capture | None = None) -> None:
+        self.capture = capture or CudaGraphs()
         self._recordings: dict[tuple[Any, ...], _Recording] = {}
         self._works = True
 
