@@ -21,6 +21,7 @@ import torch
 from ddpp.ops import _library
 
 ROOT = Path(__file__).resolve().parent.parent
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as every stage of ddpp sets it
 REQUIRED = {name for name in os.environ.get("DDPP_REQUIRE_BACKENDS", "").split(",") if name}
 _ran: set[str] = set()
 
