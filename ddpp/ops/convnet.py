@@ -273,7 +273,7 @@ def _gradient_of(
     torch.sum(d_logits, 0, out=sums.bias)
     grad = _planes((d_logits @ layers.weight).view(x.shape), x.dtype)
     for k in reversed(range(len(seen))):
-        (weight, scale, shift), (x, y, statistics) = layers.blocks[k], seen[k]
+        (weight, scale, shift), (x, y, statistics) = layers.blocks[k], seen.pop()
         d_weight, d_scale, d_shift = sums.blocks[k]
         back = norm_pool.Backward(torch.empty_like(y, memory_format=torch.channels_last), d_scale, d_shift)
         norm_pool.norm_relu_pool_backward(grad, y, scale, shift, statistics, out=back)
@@ -369,7 +369,7 @@ def _dual_backward(
 ) -> Tensor:
     """The gradient of the images from that of the last pooled planes; those of parameters are written to ``sums``."""
     for k in reversed(range(len(seen))):
-        (weight, scale, shift), along, (x, y, y_tangent, statistics) = layers.blocks[k], tangents.blocks[k], seen[k]
+        (weight, scale, shift), along, (x, y, y_tangent, statistics) = layers.blocks[k], tangents.blocks[k], seen.pop()
         (d_weight, d_scale, d_shift), n, padding = sums.blocks[k], len(y), _padding(k, *pad)
         planes = _stacked(n, y, *y.shape[2:])
         back = norm_pool.DualBackward(planes[:n], planes[n:], d_scale, d_shift)
