@@ -2,11 +2,11 @@
 
     python benchmarks/gpu.py --out benchmarks/results/2026-01-01-device.json
 
-Prints Markdown tables and writes the same as JSON: operators with their share of the bandwidth of copying; outer
-steps in float32, in TF32 and with planes in bfloat16, with and without CUDA graphs, their memory, and how far their
-pixels' gradient is from float64's; and where the time of an outer step goes, by kernel. Every side of a case runs in
-turn, the second-level cache is overwritten before each call, and the median of the device's own clock is taken.
-``--small --device cpu`` tries the script where there is no GPU; its figures mean nothing.
+Prints Markdown tables and writes the same as JSON: operators with their share of the bandwidth of copying; the vendor's
+convolution in two layouts; outer steps in float32, in TF32 and with planes in bfloat16, with and without CUDA graphs,
+their memory, and how far their pixels' gradient is from float64's; and where the time of an outer step goes, by kernel.
+Every side of a case runs in turn, the second-level cache is overwritten before each call, and the median of the
+device's own clock is taken. ``--small --device cpu`` tries the script where there is no GPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CACHE = 256 * 2**20  # bytes, larger than any second-level cache
 AHEAD = 2_000_000  # cycles of the device, about a millisecond
 KERNELS = 15  # of a profile, the slowest ones
 OUTER_STEPS = {"IPC 1, J = 50": Case(1, 10, 50), "batch 100, J = 30": Case(10, 100, 30)}
-#: Of an outer step: TF32, and the fastest of the vendor's algorithms searched for each shape.
+#: TF32, and whether the fastest of the vendor's algorithms is searched for each shape.
 SETTINGS = {
     "float32": (False, False),
     "float32, algorithms searched": (False, True),
@@ -174,15 +174,53 @@ def single_faces(values: tuple[Tensor, ...]) -> dict[str, tuple[float, Side]]:
     }
 
 
+def convolutions(clock: Clock, small: bool) -> Iterator[dict[str, Any]]:
+    """The vendor's convolution, with its two gradients, of the second layer: in the fused step's layout and torch's."""
+    for batch in (2,) if small else (10, 100, 200):
+        shape = (batch, 8, 4, 4) if small else (batch, 128, 16, 16)
+        x, grad = torch.randn(shape, device=clock.device), torch.randn(shape, device=clock.device)
+        weight = torch.randn(shape[1], shape[1], 3, 3, device=clock.device)
+        for precision, (tf32, searched) in _settings(clock.device).items():
+            _set_precision(tf32, searched)
+            sides = {
+                "fused": _convolution(x, weight, grad, torch.channels_last),
+                "pytorch": _convolution(x, weight, grad, torch.contiguous_format),
+            }
+            name = "x".join(map(str, shape))
+            yield {"case": f"convolution and gradients, {name}, {precision}", "ms": clock.medians(sides, 5)}
+    _set_precision(False, False)
+
+
+def _convolution(x: Tensor, weight: Tensor, grad: Tensor, layout: torch.memory_format) -> Side:
+    x, weight, grad = (t.contiguous(memory_format=layout) for t in (x, weight, grad))
+
+    def call() -> None:
+        F.conv2d(x, weight, padding=1)
+        torch.ops.aten.convolution_backward(
+            grad, x, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+        )
+
+    return call
+
+
+def _settings(device: torch.device) -> dict[str, tuple[bool, bool]]:
+    """On a CPU they are all the same."""
+    return SETTINGS if device.type == "cuda" else {"float32": SETTINGS["float32"]}
+
+
+def _set_precision(tf32: bool, searched: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = searched
+
+
 def outer_steps(clock: Clock, small: bool) -> Iterator[tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]]:
     """A row for each case and precision, and the profiles of its sides. The same precision holds for all sides."""
     device = clock.device
     for name, case in (SMALL_OUTER_STEPS if small else OUTER_STEPS).items():
         problem = {key: _moved(value, device) for key, value in case.problem().items()}
         exact = matching_gradients(**_in_float64(problem), engine="unrolled", fused=False)
-        for precision, (tf32, searched) in SETTINGS.items():
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-            torch.backends.cudnn.benchmark = searched
+        for precision, (tf32, searched) in _settings(clock.device).items():
+            _set_precision(tf32, searched)
             memory = _peaks(_sides(problem), device)
             sides = {side: make() for side, make in _sides(problem).items()}
             row = {
@@ -192,8 +230,7 @@ def outer_steps(clock: Clock, small: bool) -> Iterator[tuple[dict[str, Any], dic
                 "one_minus_cosine": {side: _turned(call(), exact) for side, call in sides.items()},
             }
             yield row, {f"{row['case']}, {side}": by_kernel(sides[side], device) for side in ("pytorch", "fused")}
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-            torch.backends.cudnn.benchmark = False
+            _set_precision(False, False)
 
 
 def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Matching]]]:
@@ -254,6 +291,9 @@ def measure(device: torch.device, small: bool) -> dict[str, Any]:
             found = clock.medians(sides, 3 if small else ROUNDS)
             rows.append({"case": name, "ms": found, "share_of_copying": moved / found["fused"] / speed})
             print(_line(rows[-1]), flush=True)
+    for row in convolutions(clock, small):
+        rows.append(row)
+        print(_line(row), flush=True)
     profiles: dict[str, list[dict[str, Any]]] = {}
     for row, of_sides in outer_steps(clock, small):
         rows.append(row)
