@@ -91,6 +91,16 @@ def test_against_autograd(
     assert near(outputs, network(architecture, theta.cpu(), images.cpu()), 1e-11)
 
 
+def found_and_exact(
+    architecture: Architecture, arguments: tuple[Tensor, Tensor, Tensor, Tensor], backend: Backend
+) -> list[tuple[Tensor | None, Tensor]]:
+    """Each of :func:`exact`'s results as a backend gives it, and exactly."""
+    theta, tangent, images, labels = (x.to(backend.device) for x in arguments)
+    gradient = convnet.gradient(architecture, theta, images, labels.softmax(1))
+    found = convnet.adjoint(architecture, theta, tangent, images, labels.softmax(1))
+    return list(zip((gradient, *found), exact(architecture, *arguments), strict=True))
+
+
 def without_kinks(architecture: Architecture) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A problem of two blocks of 32 filters in which all normalised values are above 0."""
     theta, tangent, images, labels = problem(architecture, (6, 3, 16, 16), torch.float32)
@@ -104,28 +114,20 @@ def without_kinks(architecture: Architecture) -> tuple[Tensor, Tensor, Tensor, T
 def test_in_float32(tile: int, tolerance: float, backend: Backend) -> None:
     """Away from ReLU's kinks, where a rounding error is no more than that: all normalised values are above 0."""
     architecture = Architecture(1, 1, 2, 32, 1e-5, tile)
-    theta, tangent, images, labels = without_kinks(architecture)
-    wanted = exact(architecture, theta, tangent, images, labels)
-    theta, tangent, images, labels = (x.to(backend.device) for x in (theta, tangent, images, labels))
-    gradient = convnet.gradient(architecture, theta, images, labels.softmax(1))
-    found = convnet.adjoint(architecture, theta, tangent, images, labels.softmax(1))
-    for value, exactly in zip((gradient, *found), wanted, strict=True):
+    for value, exactly in found_and_exact(architecture, without_kinks(architecture), backend):
         assert near(value, exactly, tolerance)
 
 
 def test_planes_in_bfloat16(backend: Backend) -> None:
     """Away from ReLU's kinks: planes are rounded some ten times, each time by up to 1/256 of a value."""
     architecture = Architecture(1, 1, 2, 32, 1e-5, 2, torch.bfloat16)
-    theta, tangent, images, labels = without_kinks(architecture)
-    wanted = exact(architecture, theta, tangent, images, labels)
-    theta, tangent, images, labels = (x.to(backend.device) for x in (theta, tangent, images, labels))
-    gradient = convnet.gradient(architecture, theta, images, labels.softmax(1))
-    found = convnet.adjoint(architecture, theta, tangent, images, labels.softmax(1))
-    for value, exactly in zip((gradient, *found), wanted, strict=True):
+    arguments = without_kinks(architecture)
+    for value, exactly in found_and_exact(architecture, arguments, backend):
         assert value is not None and value.dtype == torch.float32
         assert near(value, exactly, 6 / 256) and not near(value, exactly, 1e-4)
-    outputs = convnet.logits(architecture, theta, images, CLASSES)
-    assert near(outputs, network(architecture, theta.cpu().double(), images.cpu().double()), 2 / 256)
+    theta, _, images, _ = arguments
+    outputs = convnet.logits(architecture, theta.to(backend.device), images.to(backend.device), CLASSES)
+    assert near(outputs, network(architecture, theta.double(), images.double()), 2 / 256)
 
 
 def test_outputs_are_as_near_to_float64_as_the_plain_network_s(two_threads: None) -> None:
