@@ -244,7 +244,7 @@ class NarrowScaling {
     }
     DDPP_ALWAYS_INLINE Values of(const Row& row) const {
       Values value = share[0] * tap(row, 0);
-      DDPP_UNROLL for (int t = 1; t < taps; ++t) value += share[t] * tap(row, t);
+      DDPP_UNROLL_8 for (int t = 1; t < taps; ++t) value += share[t] * tap(row, t);
       return value;
     }
     DDPP_ALWAYS_INLINE Values tap(const Row& row, int t) const {
@@ -297,7 +297,7 @@ class NarrowScaling {
     }
     DDPP_ALWAYS_INLINE Row of(const float* plane, int width) const {
       Row sum{};
-      DDPP_UNROLL for (int t = 0; t < taps; ++t) {
+      DDPP_UNROLL_8 for (int t = 0; t < taps; ++t) {
         const Row row = at[t] < 0 ? Row{} : load(plane + at[t] * width, held[t]);
         sum = t == 0 ? Row{share[t] * row.low, share[t] * row.high}
                      : Row{sum.low + share[t] * row.low, sum.high + share[t] * row.high};

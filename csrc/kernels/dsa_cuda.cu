@@ -11,6 +11,7 @@
 #include "kernels/cuda_compat.h"
 #include "kernels/dsa.h"
 #include "kernels/dsa_plan.h"
+#include "kernels/pack.cuh"
 #include "kernels/reduce.cuh"
 
 namespace ddpp {
@@ -23,11 +24,6 @@ constexpr int64_t kMaxBlocks = 2147483647;  // one an image
 constexpr int64_t kMaxScratchBlocks = 264;  // where each block needs scratch; further images take turns
 constexpr int64_t kStaticShared = 1024;  // at least what sums and the runtime take of a block's shared memory
 constexpr int kReach = 3;  // outputs of a resampling on one axis that take from a pixel, in every drawn plan
-
-template <class T, int n>
-struct alignas(n * sizeof(T)) Pack {
-  T at[n];
-};
 
 // A weighted sum of pixels, and the sum of its weights.
 template <class T, int channels>
@@ -383,19 +379,9 @@ struct Block {
         recolor(&pixel);
         for (int c = 0; c < channels; ++c) planes[c].at[k] = pixel.at[c];
       }
-      for (int c = 0; c < channels; ++c) store_whole(reinterpret_cast<Values*>(to + c * size) + i, planes[c]);
+      for (int c = 0; c < channels; ++c) store_whole(to + c * size + i * n, planes[c]);
     }
   }
-
-  // The compiler takes the store of a pack that it has just computed apart into stores of single values;
-  // these it leaves whole.
-  __device__ static void store_whole(Pack<float, 4>* to, const Pack<float, 4>& x) {
-    __stwb(reinterpret_cast<float4*>(to), make_float4(x.at[0], x.at[1], x.at[2], x.at[3]));
-  }
-  __device__ static void store_whole(Pack<double, 2>* to, const Pack<double, 2>& x) {
-    __stwb(reinterpret_cast<double2*>(to), make_double2(x.at[0], x.at[1]));
-  }
-  __device__ static void store_whole(Pack<T, 1>* to, const Pack<T, 1>& x) { *to = x; }
 
   // put(y, x, mixture) for each pixel
   template <class Put>

@@ -27,7 +27,7 @@ Isa active_isa() {
 }
 
 bool isa_runs_here(Isa isa) {
-#if defined(__x86_64__)
+#if DDPP_EVERY_ISA
   if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == Isa::avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,6 +1,12 @@
 // The instruction sets the CPU kernels are compiled for, and the choice among them at run time.
 #pragma once
 
+#if defined(__x86_64__) && !defined(DDPP_BASE_ONLY)
+#define DDPP_EVERY_ISA 1
+#else
+#define DDPP_EVERY_ISA 0
+#endif
+
 namespace ddpp {
 
 enum class Isa { base, avx2, avx512 };
@@ -14,7 +20,7 @@ const char* isa_name(Isa isa);
 
 // Declares something once per instruction set, in namespaces of their names.
 // DDPP_SELECT(isa, f()) calls the one that `isa` names.
-#if defined(__x86_64__)
+#if DDPP_EVERY_ISA
 #define DDPP_PER_ISA(...) \
   namespace base {        \
   __VA_ARGS__             \

@@ -32,11 +32,11 @@
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define DDPP_INLINE inline __attribute__((noinline))
 #define DDPP_LAMBDA __attribute__((noinline))
-#define DDPP_UNROLL
+#define DDPP_UNROLL_8
 #else
 #define DDPP_INLINE DDPP_ALWAYS_INLINE
 #define DDPP_LAMBDA __attribute__((always_inline))
-#define DDPP_UNROLL _Pragma("GCC unroll 8")
+#define DDPP_UNROLL_8 _Pragma("GCC unroll 8")
 #endif
 
 #if defined(__clang__) && !defined(DDPP_ISA_base)

@@ -1,5 +1,6 @@
 #include "kernels/cuda_compat.h"
 #include "kernels/match_loss.h"
+#include "kernels/pack.cuh"
 #include "kernels/reduce.cuh"
 
 namespace ddpp {
@@ -11,11 +12,6 @@ constexpr int64_t kMaxBlocks = 1056;  // 8 per multiprocessor of the largest GPU
 struct Partial {
   double numerator, denominator;
   int64_t kept;
-};
-
-template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {  // 16 bytes, or one element where vectors are not aligned
-  T at[kWidth];
 };
 
 // All comparisons with a NaN are false: a NaN is never pruned.

@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "kernels/cuda_compat.h"
+#include "kernels/pack.cuh"
 #include "kernels/reduce.cuh"
 
 #define DDPP_INLINE __device__ __forceinline__
@@ -26,11 +27,6 @@ constexpr int64_t kDefaultShared = 48 * 1024;  // that need no permission
 constexpr int64_t kSector = 32;                // that device memory gives at once
 // Packs of a window in shared memory: four of each plane, one of each pooled plane.
 constexpr int kForwardKept = 4, kBackwardKept = 4 + 1, kDualKept = 2 * 4, kDualBackwardKept = 2 * (4 + 1);
-
-template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {  // 16 bytes, or one channel where packs are not aligned
-  T at[kWidth];
-};
 
 template <class T, int kWidth, class F>
 DDPP_INLINE Pack<T, kWidth> each(const F& f) {
@@ -78,21 +74,9 @@ DDPP_INLINE Pack<float, 4> unpacked(const uint2& x) {
   return {{lower_bfloat16(x.x), upper_bfloat16(x.x), lower_bfloat16(x.y), upper_bfloat16(x.y)}};
 }
 
-// The compiler takes the assignment of a pack that it has just computed apart into stores of single values;
-// these it leaves whole.
-DDPP_INLINE void store_whole(float* to, const Pack<float, 4>& x) {
-  __stwb(reinterpret_cast<float4*>(to), make_float4(x.at[0], x.at[1], x.at[2], x.at[3]));
-}
-DDPP_INLINE void store_whole(double* to, const Pack<double, 2>& x) {
-  __stwb(reinterpret_cast<double2*>(to), make_double2(x.at[0], x.at[1]));
-}
 DDPP_INLINE void store_whole(Bfloat16* to, const Pack<float, 4>& x) {
   __stwb(reinterpret_cast<uint2*>(to),
          make_uint2(bfloat16_pair(x.at[0], x.at[1]), bfloat16_pair(x.at[2], x.at[3])));
-}
-template <class S, class T>
-DDPP_INLINE void store_whole(S* to, const Pack<T, 1>& x) {
-  *to = static_cast<S>(x.at[0]);
 }
 
 #include "kernels/norm_pool_terms.inl"

@@ -138,13 +138,13 @@ struct Filter<T, 4> {
 template <int rows, int inner, class V, class F>
 DDPP_INLINE void both_ways(const V (&in)[inner][inner], V (&out)[rows][rows], const F& f) {
   V half[rows][inner];
-  DDPP_UNROLL for (int j = 0; j < inner; ++j) {
+  DDPP_UNROLL_8 for (int j = 0; j < inner; ++j) {
     V column[inner], result[rows];
-    DDPP_UNROLL for (int i = 0; i < inner; ++i) column[i] = in[i][j];
+    DDPP_UNROLL_8 for (int i = 0; i < inner; ++i) column[i] = in[i][j];
     f(column, result);
-    DDPP_UNROLL for (int i = 0; i < rows; ++i) half[i][j] = result[i];
+    DDPP_UNROLL_8 for (int i = 0; i < rows; ++i) half[i][j] = result[i];
   }
-  DDPP_UNROLL for (int i = 0; i < rows; ++i) f(half[i], out[i]);
+  DDPP_UNROLL_8 for (int i = 0; i < rows; ++i) f(half[i], out[i]);
 }
 
 #define DDPP_FILTER(name) [](const auto& from, auto& to) DDPP_LAMBDA { Filter<T, m>::name(from, to); }
@@ -185,10 +185,10 @@ DDPP_INLINE void transform(const T* const (&at)[side][side], int64_t channels, T
   for_channels<T>(channels, [&](auto v, int64_t c) DDPP_LAMBDA {
     using V = decltype(v);
     V in[side][side], out[a][a];
-    DDPP_UNROLL for (int p = 0; p < side; ++p) DDPP_UNROLL for (int q = 0; q < side; ++q)
+    DDPP_UNROLL_8 for (int p = 0; p < side; ++p) DDPP_UNROLL_8 for (int q = 0; q < side; ++q)
         load(in[p][q], at[p][q] + c);
     both_ways(in, out, f);
-    DDPP_UNROLL for (int p = 0; p < a; ++p) DDPP_UNROLL for (int q = 0; q < a; ++q)
+    DDPP_UNROLL_8 for (int p = 0; p < a; ++p) DDPP_UNROLL_8 for (int q = 0; q < a; ++q)
         store(to + (p * a + q) * stride + c, out[p][q]);
   });
 }
@@ -211,10 +211,10 @@ void write_tile(const Grid<m>& grid, const T* from, int64_t stride, int64_t tile
   for_channels<T>(grid.size.channels, [&](auto v, int64_t c) DDPP_LAMBDA {
     using V = decltype(v);
     V in[a][a], out[m][m];
-    DDPP_UNROLL for (int p = 0; p < a; ++p) DDPP_UNROLL for (int q = 0; q < a; ++q)
+    DDPP_UNROLL_8 for (int p = 0; p < a; ++p) DDPP_UNROLL_8 for (int q = 0; q < a; ++q)
         load(in[p][q], from + (p * a + q) * stride + c);
     both_ways(in, out, DDPP_FILTER(output));
-    DDPP_UNROLL for (int p = 0; p < m; ++p) DDPP_UNROLL for (int q = 0; q < m; ++q)
+    DDPP_UNROLL_8 for (int p = 0; p < m; ++p) DDPP_UNROLL_8 for (int q = 0; q < m; ++q)
         store(at[p][q] + c, out[p][q]);
   });
 }
@@ -345,16 +345,17 @@ DDPP_INLINE void multiply_block(View<const T> a, const T* b, int64_t b_row, T* c
   constexpr int64_t width = kWidth<V, T>;
   for (int64_t first = 0; first == 0 || first < inner; first += kSummed) {
     V sum[rows][vectors];
-    DDPP_UNROLL for (int r = 0; r < rows; ++r) DDPP_UNROLL for (int j = 0; j < vectors; ++j) sum[r][j] = V{};
+    DDPP_UNROLL_8 for (int r = 0; r < rows; ++r) DDPP_UNROLL_8 for (int j = 0; j < vectors; ++j) sum[r][j] =
+        V{};
     for (int64_t k = first; k < std::min(inner, first + kSummed); ++k) {
       V y[vectors];
-      DDPP_UNROLL for (int j = 0; j < vectors; ++j) load(y[j], b + k * b_row + j * width);
-      DDPP_UNROLL for (int r = 0; r < rows; ++r) {
+      DDPP_UNROLL_8 for (int j = 0; j < vectors; ++j) load(y[j], b + k * b_row + j * width);
+      DDPP_UNROLL_8 for (int r = 0; r < rows; ++r) {
         const T x = a.data[r * a.row + k * a.column];
-        DDPP_UNROLL for (int j = 0; j < vectors; ++j) add_product(sum[r][j], x, y[j]);
+        DDPP_UNROLL_8 for (int j = 0; j < vectors; ++j) add_product(sum[r][j], x, y[j]);
       }
     }
-    DDPP_UNROLL for (int r = 0; r < rows; ++r) DDPP_UNROLL for (int j = 0; j < vectors; ++j) {
+    DDPP_UNROLL_8 for (int r = 0; r < rows; ++r) DDPP_UNROLL_8 for (int j = 0; j < vectors; ++j) {
       T* const to = c + r * c_row + j * width;
       if (accumulate || first > 0) {
         V before;
