@@ -105,7 +105,7 @@ class Graphs:
         self._works = True
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The function's results, without gradients. A later call of it may overwrite them.
+        """The function's results, without gradients. A later call, of this function or another, may overwrite them.
 
         Arguments that are no tensors must be hashable; they are part of the graph.
         """

@@ -218,9 +218,12 @@ class _Unroll(NamedTuple):
         return self.graphs(_forward, *arguments).clone() if self.graphs else _forward(*arguments)
 
     def back(self, theta: Tensor, adjoint: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See :func:`_backward`; with graphs, the next call overwrites the results."""
+        """See :func:`_backward`; with graphs, the next call of one overwrites all results but the first."""
         arguments = self.step, self.fused, theta, adjoint, *self.batch(step)
-        return self.graphs(_backward, *arguments) if self.graphs else _backward(*arguments)
+        if not self.graphs:
+            return _backward(*arguments)
+        before, d_images, phi, d_labels = self.graphs(_backward, *arguments)
+        return before.clone(), d_images, phi, d_labels
 
     def match(self, end: Tensor) -> tuple[Tensor, Tensor]:
         if self.distance is not None:
