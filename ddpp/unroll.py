@@ -192,7 +192,7 @@ def _cross_entropy(network: nn.Module, theta: Tensor, images: Tensor, labels: Te
 
 
 class _Unroll(NamedTuple):
-    """Everything an engine needs, checked."""
+    """Everything an engine needs; see :func:`matching_gradients`."""
 
     network: nn.Module
     start: Tensor
@@ -207,7 +207,27 @@ class _Unroll(NamedTuple):
     step: Step
     checkpoint_every: int
     distance: Distance | None
-    graphs: Graphs | None = None
+    graphs: Graphs | None
+
+    def check(self) -> None:
+        parameters = sum(p.numel() for p in self.network.parameters())
+        for name, vector in (("start", self.start), ("target", self.target)):
+            if vector.shape != (parameters,):
+                raise UserError(
+                    f"{name} must be flat with the network's {parameters} parameters, got {tuple(vector.shape)}"
+                )
+        if len(self.labels) != len(self.images):
+            raise UserError(f"labels must be as many as images ({len(self.images)}), got {len(self.labels)}")
+        if not self.batches:
+            raise UserError("batches must hold at least one inner step, got none")
+        if len(self.plans) != len(self.batches):
+            raise UserError(f"plans must be one an inner step ({len(self.batches)}), got {len(self.plans)}")
+        dtype, device = self.start.dtype, self.start.device
+        for name, tensor in (("target", self.target), ("images", self.images), ("lr", self.lr)):
+            if tensor.dtype != dtype or tensor.device != device:
+                raise UserError(f"{name} must be {dtype} on {device} like start, got {tensor.dtype} on {tensor.device}")
+        if self.checkpoint_every < 1:
+            raise UserError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """What an inner step takes besides parameters: the set, the step size, its indices and its plan."""
@@ -297,13 +317,14 @@ def matching_gradients(
     Raises:
         UserError: shapes, dtypes or the engine's name do not fit.
     """
-    unroll = _checked(
-        network, start, target, images, labels, lr, batches, plans, epsilon, fused, step, checkpoint_every, distance
-    )._replace(graphs=graphs)
-    unroll = unroll.until_nearest() if nearest_step else unroll
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}{nearest(engine, ENGINES)} Known: {', '.join(ENGINES)}")
-    return ENGINES[engine](unroll)
+    step = step or provider(network, "auto" if fused else "autograd")
+    drawn = [None] * len(batches) if plans is None else plans
+    given = start, target, images.detach(), labels.detach(), lr.detach(), batches, drawn
+    u = _Unroll(network, *given, epsilon, fused, step, checkpoint_every, distance, graphs)
+    u.check()
+    return ENGINES[engine](u.until_nearest() if nearest_step else u)
 
 
 def _unrolled(u: _Unroll) -> Matching:
@@ -361,45 +382,3 @@ ENGINES: dict[str, Callable[[_Unroll], Matching]] = {
     "unrolled": _unrolled,
     "tesla": partial(_adjoint, exact=False),
 }
-
-
-def _checked(
-    network: nn.Module,
-    start: Tensor,
-    target: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    lr: Tensor,
-    batches: Sequence[Tensor],
-    plans: Sequence[Tensor] | None,
-    epsilon: float | None,
-    fused: bool,
-    step: Step | None,
-    checkpoint_every: int,
-    distance: Distance | None,
-) -> _Unroll:
-    parameters = sum(p.numel() for p in network.parameters())
-    for name, vector in (("start", start), ("target", target)):
-        if vector.shape != (parameters,):
-            raise UserError(
-                f"{name} must be flat with the network's {parameters} parameters, got {tuple(vector.shape)}"
-            )
-    if len(labels) != len(images):
-        raise UserError(f"labels must be as many as images ({len(images)}), got {len(labels)}")
-    if not batches:
-        raise UserError("batches must hold at least one inner step, got none")
-    if plans is not None and len(plans) != len(batches):
-        raise UserError(f"plans must be one an inner step ({len(batches)}), got {len(plans)}")
-    for name, tensor in (("target", target), ("images", images), ("lr", lr)):
-        if tensor.dtype != start.dtype or tensor.device != start.device:
-            raise UserError(
-                f"{name} must be {start.dtype} on {start.device} like start, got {tensor.dtype} on {tensor.device}"
-            )
-    if checkpoint_every < 1:
-        raise UserError(f"checkpoint_every must be at least 1, got {checkpoint_every}")
-    drawn = list(plans) if plans is not None else [None] * len(batches)
-    step = step or provider(network, "auto" if fused else "autograd")
-    images, labels, lr = images.detach(), labels.detach(), lr.detach()
-    return _Unroll(
-        network, start, target, images, labels, lr, batches, drawn, epsilon, fused, step, checkpoint_every, distance
-    )
