@@ -7,6 +7,10 @@ from pathlib import Path
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    """Its name, with the family and the model where the name tells little."""
+    path = Path("/proc/cpuinfo")
+    pairs = (line.partition(":") for line in path.read_text().splitlines()) if path.exists() else ()
+    found = {name.strip(): value.strip() for name, _, value in reversed(list(pairs))}
+    if "model name" not in found:
+        return platform.processor()
+    return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"

@@ -190,7 +190,7 @@ class RunConfig:
         True, "Compiled kernels for loss, augmentation and the ConvNet's step; without, pure PyTorch."
     )
     winograd: int = option(
-        4, "Side of a ConvNet's Winograd tiles on the CPU: 4, 2 (more exact, slower) or 0, none.", choices=(0, 2, 4)
+        2, "Side of a ConvNet's Winograd tiles on the CPU: 2, 4 (faster, less exact) or 0, none.", choices=(0, 2, 4)
     )
     cuda_graphs: bool = option(True, "On a GPU, capture inner steps as CUDA graphs and replay them.")
     tf32: bool = option(False, "On a GPU, round factors of convolutions and products to TF32: faster, less exact.")

@@ -37,7 +37,7 @@ class ConvNetStep:
         account: if a tensor, it takes the times and bytes of compiled steps; see :func:`ddpp.ops.convnet.gradient`.
     """
 
-    def __init__(self, network: Network, tile: int = 4, plane_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, network: Network, tile: int = 2, plane_dtype: torch.dtype | None = None) -> None:
         blocks = cast(nn.Sequential, network.features)
         convolution, norm = cast(nn.Conv2d, blocks[0]), cast(nn.GroupNorm, blocks[1])
         pad_y, pad_x = cast(tuple[int, int], convolution.padding)

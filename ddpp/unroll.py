@@ -110,7 +110,7 @@ def _halves(module: nn.Module) -> bool:
 PROVIDERS = ("auto", "autograd", "fused", "dual")
 
 
-def provider(network: nn.Module, name: str = "auto", *, tile: int = 4, bf16: bool = False) -> Step:
+def provider(network: nn.Module, name: str = "auto", *, tile: int = 2, bf16: bool = False) -> Step:
     """What computes a student step and its adjoint. Built once, it keeps its buffers from one unroll to the next.
 
     Args:
@@ -118,7 +118,7 @@ def provider(network: nn.Module, name: str = "auto", *, tile: int = 4, bf16: boo
         name: ``autograd``, reverse over reverse of the plain network; ``fused``, the same with instance normalisation,
             ReLU and pooling as one operator; ``dual``, the ConvNet's step written out on dual numbers
             (:mod:`ddpp.dual`), several times faster; ``auto``, the last one that suits the network.
-        tile: side of the Winograd tiles that ``dual`` convolves with on the CPU: 4, 2 (more exact, slower) or 0, none.
+        tile: side of the Winograd tiles that ``dual`` convolves with on the CPU: 2, 4 (faster, less exact) or 0, none.
         bf16: ``dual`` keeps planes in bfloat16; see :class:`ddpp.ops.convnet.Architecture`.
 
     Raises:

@@ -358,7 +358,7 @@ void weight_transposed(Matrices<const T> transformed, int64_t outputs, int64_t i
 constexpr int kBlockRows = 6, kBlockVectors = DDPP_VECTOR_BYTES == 64 ? 4 : 2;
 // Products in a row that one sum takes before it is added to c: the rounding errors of a sum grow with its
 // length.
-constexpr int64_t kSummed = 16;
+constexpr int64_t kSummed = 24;
 constexpr int64_t kInner =
     160;  // of a transposed product: what of b is read again for each block stays in cache
 constexpr int64_t kTaskRows = 192, kTaskColumns = 64;
