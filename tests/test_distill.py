@@ -187,6 +187,8 @@ def test_the_step_size_stays_positive() -> None:
         (["--evaluate-models", "alexnt"], "unknown model 'alexnt'; did you mean 'alexnet'?"),
         (["--evaluate-select", "val", "--validation", "0"], "--select val needs a held-out part"),
         (["--device", "cuda:99"], "CUDA devices here"),
+        (["--device", "meta"], "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),
+        (["--device", "warp"], "--device must be auto, cpu, cuda or cuda:N, got 'warp'"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_lost(

@@ -34,14 +34,14 @@ class CAFE(DC):
     def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
         theta, history = memory.get("network"), memory.get("accuracy")
         if theta is None or history is None or _settled(history, self.settings.outer_change):
-            theta, history = self._fresh(step), torch.empty(0)
+            theta, history = self._fresh(step), synthetic.images.new_empty(0)
         draw = seeds.generator(self.seed, "cafe", step)
         real, labels = self._real_batch(draw)
         images = synthetic.images.detach().requires_grad_()
         loss = self._loss(theta, images, synthetic.labels, real, labels, draw)
         (gradient,) = torch.autograd.grad(loss, images)
         theta, accuracy = self._trained_until_settled(theta, synthetic, real, labels, draw)
-        history = torch.cat([history, torch.tensor([accuracy])])[-_WINDOW:]
+        history = torch.cat([history, history.new_tensor([accuracy])])[-_WINDOW:]
         unlearned, everything = torch.zeros_like(synthetic.step_size), torch.ones((), device=images.device)
         memory = {"network": theta, "accuracy": history}
         return Update(loss.detach(), gradient, unlearned, everything, {}, memory=memory)

@@ -83,7 +83,8 @@ class DC:
 
     def _epoch(self, theta: Tensor, synthetic: Synthetic, draw: torch.Generator) -> Tensor:
         """``theta`` after an epoch of SGD. [P]"""
-        for batch in torch.randperm(len(synthetic.images), generator=draw).split(_NETWORK_BATCH):
+        order = torch.randperm(len(synthetic.images), generator=draw).to(theta.device)
+        for batch in order.split(_NETWORK_BATCH):
             images = self._augmented(synthetic.images[batch], self._plan(len(batch), siamese=False, draw=draw))
             gradient = self.step.gradient(theta, images, synthetic.labels[batch])
             theta = theta - self.settings.lr_network * gradient

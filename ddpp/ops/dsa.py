@@ -147,7 +147,7 @@ def _adjoint(grad: Tensor, plan: Tensor) -> Tensor:
     groups = _groups_on(plan)
     plan = plan.to(grad.dtype).clone()
     plan[:, BRIGHTNESS] = 0
-    plan[:, [SHIFT_Y, SHIFT_X]] *= -1
+    plan[:, SHIFT_Y : SHIFT_X + 1] *= -1
     if "rotate" in groups:
         grad = _resample_adjoint(grad, _rotate_grid(grad, plan))
     if "scale" in groups:

@@ -1,0 +1,154 @@
+"""Every stage where tensors are not the CPU's: none is left behind there, and what comes out is what the CPU gives."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Backend
+from stand_in import DEVICE, standing_in
+
+from ddpp import cli, continual, distill, evaluate, profile, search, synthetic, teachers, training, trajectories
+from ddpp.dual import ConvNetStep
+from ddpp.synthetic import Synthetic
+from ddpp.training import Recipe
+
+NETWORK = ["--width", "8", "--depth", "2", "--threads", "1"]
+TOY = [
+    *("--teachers-count", "2", "--teachers-epochs", "2", "--max-start-epoch", "1", "--teacher-span", "1"),
+    *("--steps", "2", "--inner-steps", "3", "--batch", "8", "--real-batch", "16", "--lr-pixels", "10"),
+    *("--snapshot-every", "1", "--checkpoint-every", "1"),
+    *("--evaluate-networks", "1", "--evaluate-epochs", "2", "--evaluate-full-epochs", "0"),
+]
+MOVED = {
+    "ddpp": "--method ddpp",
+    "options": "--method ddpp --prune depth --lr-importance 0.01 --ema 0.9 --nearest-step --keep-every 2",
+    "soft labels": "--method mtt --labels soft --max-loss 1000 --first-max-start-epoch 1",
+    "tesla": "--method ddpp --engine tesla --prune difference --ipc 2",
+    "pure PyTorch": "--method ddpp --no-use-fused-kernels",
+    "unrolled": "--method ddpp --engine unrolled --prune lowest",
+    "dc": "--method dc",
+    "dsa": "--method dsa --ipc 2",
+    "dm": "--method dm",
+    "cafe": "--method cafe",
+    "kip": "--method kip --strategy none --norm none --pooling none",
+}
+CHOSEN = {
+    "herding": "--method herding",
+    "kcenter": "--method kcenter",
+    "forgetting": "--method forgetting",
+    "policies": "--method random --evaluate-augmentations none dsa autoaugment randaugment imagenet",
+    "searched rate": "--method random --evaluate-search-lr --evaluate-select all",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Teachers, by the CPU."""
+    path = tmp_path_factory.mktemp("teachers") / "digits"
+    assert teachers.main([*NETWORK, "--count", "2", "--epochs", "2", "--folder", str(path)]) == 0
+    return path
+
+
+def there(main: Any, arguments: list[str]) -> int:
+    """A stage on the stand-in. By a device's name torch chooses its fused SGD, and ddpp its fused training step."""
+
+    def sgd(parameters: list[torch.nn.Parameter], recipe: Recipe, lr: float) -> torch.optim.SGD:
+        return torch.optim.SGD(parameters, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+
+    with pytest.MonkeyPatch.context() as patch, standing_in():
+        patch.setattr(cli, "device", lambda config: DEVICE)
+        patch.setattr(training, "_sgd", sgd)
+        patch.setattr(training, "_suits", lambda model, device: ConvNetStep.suits(model))
+        code: int = main(arguments)
+        return code
+
+
+def distilled(arguments: list[str], out: Path, *, on_stand_in: bool) -> Synthetic:
+    arguments = [*NETWORK, *TOY, *arguments, "--out", str(out)]
+    assert (there(distill.main, arguments) if on_stand_in else distill.main(arguments)) == 0
+    return synthetic.load(out / "synthetic.safetensors")[0]
+
+
+def cut_and_resumed(arguments: list[str], out: Path) -> Synthetic:
+    """By the stand-in, which ends after a step and goes on from its checkpoint."""
+    steps: list[int] = []
+    outer_step = distill._outer_step
+
+    def cut(state: Any, *rest: Any) -> Any:
+        steps.append(state.step)
+        if len(steps) == 2:
+            raise RuntimeError("cut")
+        return outer_step(state, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "_outer_step", cut)
+        with pytest.raises(RuntimeError, match=r"^cut$"):
+            distilled(arguments, out, on_stand_in=True)
+        found = distilled([*arguments, "--resume"], out, on_stand_in=True)
+    assert steps == [0, 1, 1]
+    return found
+
+
+def assert_alike(found: Synthetic, wanted: Synthetic) -> None:
+    for mine, theirs in ((found.images, wanted.images), (found.labels, wanted.labels)):
+        assert mine.dtype == theirs.dtype and (mine - theirs).double().norm() <= 1e-5 * theirs.double().norm()
+    assert float(found.step_size) == pytest.approx(float(wanted.step_size), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_a_run_gives_what_the_cpu_gives(case: str, folder: Path, tmp_path: Path) -> None:
+    arguments = MOVED[case].split()
+    if case != "kip":
+        arguments += ["--teachers-folder", str(folder)]
+    wanted = distilled(arguments, tmp_path / "cpu", on_stand_in=False)
+    assert_alike(cut_and_resumed(arguments, tmp_path / "there"), wanted)
+
+
+@pytest.mark.parametrize("backend", ["emulated"], indirect=True)
+@pytest.mark.parametrize("planes", ["float32", "bfloat16"])
+def test_a_run_on_the_cuda_kernels(backend: Backend, planes: str, folder: Path, tmp_path: Path) -> None:
+    arguments = ["--teachers-folder", str(folder), *(["--bf16"] if planes == "bfloat16" else [])]
+    wanted = distilled(arguments, tmp_path / "cpu", on_stand_in=False)
+    assert_alike(distilled(arguments, tmp_path / "there", on_stand_in=True), wanted)
+
+
+@pytest.mark.parametrize("case", CHOSEN)
+def test_the_same_images_are_chosen_and_networks_are_as_good(case: str, tmp_path: Path) -> None:
+    wanted, found = (distilled(CHOSEN[case].split(), tmp_path / str(x), on_stand_in=x) for x in (False, True))
+    assert torch.equal(found.images, wanted.images) and torch.equal(found.labels, wanted.labels)
+    of_cpu, here = (json.loads((tmp_path / str(x) / "results.json").read_text())["models"] for x in (False, True))
+    for name, figures in of_cpu["convnet"].items():
+        assert here["convnet"][name] is figures is None or here["convnet"][name]["mean"] == pytest.approx(
+            figures["mean"],
+            abs=0.6,  # percent: two test images of 359
+        )
+
+
+@pytest.mark.parametrize("sharpness", ["0", "0.01"])
+def test_teachers_are_those_of_the_cpu(sharpness: str, tmp_path: Path) -> None:
+    arguments = [*NETWORK, "--count", "1", "--epochs", "1", "--sharpness-radius", sharpness, "--folder"]
+    assert teachers.main([*arguments, str(tmp_path / "cpu")]) == 0
+    assert there(teachers.main, [*arguments, str(tmp_path / "there")]) == 0
+    wanted, found = (trajectories.Trajectory.open(tmp_path / n / trajectories.file_name(0)) for n in ("cpu", "there"))
+    torch.testing.assert_close(found.rows(0, 1), wanted.rows(0, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_result_is_used_for(folder: Path, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    distilled(["--teachers-folder", str(folder)], tmp_path / "run", on_stand_in=False)
+    assert there(evaluate.main, [run, "--models", "alexnet", "resnet18", "--networks", "1"]) == 0
+    assert there(continual.main, [run, "--epochs", "1", "--orders", "2"]) == 0
+    assert there(search.main, [run, "--widths", "8", "--depths", "1", "--norm", "none", "--epochs", "1"]) == 0
+    assert there(profile.main, [*NETWORK, "--inner-steps", "2", "--out", str(tmp_path / "profile.png")]) == 0
+
+
+def test_tensors_of_two_devices_do_not_meet() -> None:
+    with standing_in():
+        x = torch.ones(3).to(DEVICE)
+        assert x.device == DEVICE and (2 * x).sum().item() == 6 and x.new_tensor([1, 2]).device == DEVICE
+        for mix in (lambda: x + torch.ones(3), lambda: x[torch.tensor([0])], lambda: torch.stack([x, torch.ones(3)])):
+            with pytest.raises(AssertionError, match="takes tensors of two devices"):
+                mix()
+        assert type(x.cpu()) is torch.Tensor and torch.equal(x.cpu().to(DEVICE).cpu(), torch.ones(3))
