@@ -43,9 +43,9 @@ cmake -S . -B "$work/cpp" -G Ninja -DDDPP_TESTS=ON -DDDPP_BUILD_CUDA=1 -DCMAKE_C
 cmake --build "$work/cpp" > "$work/make.log" || { tail -50 "$work/make.log"; exit 1; }
 try 90 ctest --test-dir "$work/cpp" --output-on-failure -j "$(nproc)"
 
-step "every op, and captured inner steps, on the device"
-try 120 env DDPP_REQUIRE_BACKENDS=cuda python -m pytest -q -p no:cacheprovider -k "cuda or test_gpu" tests/test_op_contract.py \
-  tests/test_ops_*.py tests/test_gpu.py
+step "every op, captured inner steps, and every stage, on the device"
+try 150 env DDPP_REQUIRE_BACKENDS=cuda python -m pytest -q -p no:cacheprovider -k "cuda or test_gpu" tests/test_op_contract.py \
+  tests/test_ops_*.py tests/test_gpu.py tests/test_stand_in.py
 
 step "measure"
 mkdir -p "$results"
