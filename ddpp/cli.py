@@ -65,6 +65,7 @@ def run(
         config = _resolve(args, base(args), own, sections)
         keep_pages()
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.run.tf32
+        torch.backends.cudnn.deterministic = True  # the same seed gives the same bytes on a GPU too
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         main(config, args)

@@ -117,6 +117,14 @@ def test_a_run_gives_what_the_cpu_gives(case: str, elsewhere: str, folder: Path,
     assert_alike(found, wanted, tolerance=1e-3 if elsewhere == "cuda" else 1e-5)  # a GPU sums in another order
 
 
+def test_the_same_seed_gives_the_same_bytes_resumed_or_not(elsewhere: str, folder: Path, tmp_path: Path) -> None:
+    arguments = ["--teachers-folder", str(folder)]
+    cut_and_resumed(arguments, tmp_path / "cut", elsewhere)
+    distilled(arguments, tmp_path / "whole", elsewhere)
+    one, other = ((tmp_path / run / "synthetic.safetensors").read_bytes() for run in ("cut", "whole"))
+    assert one == other
+
+
 @pytest.mark.parametrize("backend", ["emulated"], indirect=True)
 @pytest.mark.parametrize("planes", ["float32", "bfloat16"])
 def test_a_run_on_emulated_kernels(backend: Backend, planes: str, folder: Path, tmp_path: Path) -> None:
