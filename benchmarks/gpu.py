@@ -295,32 +295,37 @@ def _in_float64(problem: dict[str, Any]) -> dict[str, Any]:
     return {**cast, "network": copy.deepcopy(problem["network"]).double()}
 
 
-def measure(device: torch.device, small: bool) -> dict[str, Any]:
+def rows(clock: Clock, speed: float, small: bool) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each row of the table with its profiles, if it has any; what matters most comes first."""
+    yield from outer_steps(clock, small)
+    for cases in (match_loss, dsa, norm_pool):
+        for name, (moved, sides) in cases(clock.device, small).items():
+            found = clock.medians(sides, 3 if small else ROUNDS)
+            yield {"case": name, "ms": found, "share_of_copying": moved / found["fused"] / speed}, {}
+    for row in convolutions(clock, small):
+        yield row, {}
+
+
+def measure(device: torch.device, small: bool, out: Path | None) -> dict[str, Any]:
+    """Prints rows and writes the file as they come, so that what was measured stays where the script is cut."""
     clock = Clock(device, small)
     speed = copying(clock, small)
-    rows = []
-    for cases in (match_loss, dsa, norm_pool):
-        for name, (moved, sides) in cases(device, small).items():
-            found = clock.medians(sides, 3 if small else ROUNDS)
-            rows.append({"case": name, "ms": found, "share_of_copying": moved / found["fused"] / speed})
-            print(_line(rows[-1]), flush=True)
-    for row in convolutions(clock, small):
-        rows.append(row)
-        print(_line(row), flush=True)
-    profiles: dict[str, list[dict[str, Any]]] = {}
-    for row, of_sides in outer_steps(clock, small):
-        rows.append(row)
-        profiles |= of_sides
-        print(_line(row), flush=True)
-    return {
+    result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "copying_gb_s": speed / 1e6,
-        "rows": rows,
-        "profiles": profiles,
+        "rows": [],
+        "profiles": {},
     }
+    for row, profiles in rows(clock, speed, small):
+        print(_line(row), flush=True)
+        result["rows"].append(row)
+        result["profiles"] |= profiles
+        if out:
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
 
 
 def _peaks(sides: dict[str, Callable[[], Side]], device: torch.device) -> dict[str, float] | None:
@@ -365,12 +370,10 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True  # as every stage sets it
     print("| | fused | pure PyTorch | torch.compile | |\n|---|---|---|---|---|")
-    result = measure(torch.device(args.device), args.small)
+    result = measure(torch.device(args.device), args.small, args.out)
     print(f"\n{result['device']}, torch {result['torch']}, copying {result['copying_gb_s']:.0f} GB/s, {result['date']}")
     for name, kernels in result["profiles"].items():
         print(_profile_table(name, kernels))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

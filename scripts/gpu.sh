@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One command for a machine with an NVIDIA GPU and no network, in less than eight minutes: builds in place, runs the C++ tests
-# and every op on the device, measures, and runs the C++ tests of the kernels and the op contract under compute-sanitizer. Needs
-# Python, torch with CUDA, nvcc, ninja, CMake, pybind11, pytest, pytest-benchmark.
+# One command for a machine with an NVIDIA GPU and no network, in less than eight minutes: builds in place, runs the C++ tests,
+# measures, runs every op and every stage on the device, and the C++ tests of the kernels and the op contract under
+# compute-sanitizer. Needs Python, torch with CUDA, nvcc, ninja, CMake, pybind11, pytest, pytest-benchmark.
 #
 #     scripts/gpu.sh [folder for results, default benchmarks/results]
 #
@@ -43,20 +43,20 @@ cmake -S . -B "$work/cpp" -G Ninja -DDDPP_TESTS=ON -DDDPP_BUILD_CUDA=1 -DCMAKE_C
 cmake --build "$work/cpp" > "$work/make.log" || { tail -50 "$work/make.log"; exit 1; }
 try 90 ctest --test-dir "$work/cpp" --output-on-failure -j "$(nproc)"
 
-step "every op, captured inner steps, and every stage, on the device"
-try 150 env DDPP_REQUIRE_BACKENDS=cuda python -m pytest -q -p no:cacheprovider -k "cuda or test_gpu" tests/test_op_contract.py \
-  tests/test_ops_*.py tests/test_gpu.py tests/test_stand_in.py
-
 step "measure"
 mkdir -p "$results"
 out=$results/$(date +%F)-$device
-try 150 bash -c "cd benchmarks && python gpu.py --out '$work/result.json' > '$work/table.md'"
+try 200 bash -c "cd benchmarks && python gpu.py --out '$work/result.json' > '$work/table.md'"
 cat "$work/table.md"
 if [ -f "$work/result.json" ]; then
   cp "$work/result.json" "$out.json"
   cp "$work/table.md" "$out.md"
   echo "written: $out.json and $out.md"
 fi
+
+step "every op, captured inner steps, and every stage, on the device"
+try 150 env DDPP_REQUIRE_BACKENDS=cuda python -m pytest -q -p no:cacheprovider -k "cuda or test_gpu" tests/test_op_contract.py \
+  tests/test_ops_*.py tests/test_gpu.py tests/test_stand_in.py
 
 if command -v compute-sanitizer > /dev/null; then
   sanitize() { try "$1" compute-sanitizer --tool "$2" --error-exitcode 1 --target-processes all "${@:3}"; }
