@@ -26,6 +26,8 @@ from ddpp.models import flat
 from ddpp.training import Recipe
 from ddpp.trajectories import Trajectory
 
+_SAMPLE = 5_000  # training images that stand for all of them where none are held out
+
 
 def train(config: Config, dataset: Dataset, device: torch.device, *, progress: bool = True) -> Path:
     """Trains the teachers that the folder lacks; those that are there stay.
@@ -148,11 +150,7 @@ def _train_one(
     key = seed, "teacher", index
     model = models.build(config.model, dataset.shape, len(dataset.classes), seed=seeds.derive(*key, "network"))
     model.to(device)
-    train_images, train_labels = dataset.train_images.to(device), dataset.train_labels.to(device)
-    images, labels = dataset.val_images, dataset.val_labels
-    if len(labels) == 0:
-        images, labels = train_images, train_labels
-    images, labels = images.to(device), labels.to(device)  # once, and not at each epoch
+    images, labels = (t.to(device) for t in _tested(dataset, seed))  # once, and not at each epoch
     snapshots: list[Tensor] = []
     accuracy: list[float] = []
 
@@ -171,8 +169,8 @@ def _train_one(
     keep()
     finite = training.fit(
         model,
-        train_images,
-        train_labels,
+        dataset.train_images,
+        dataset.train_labels,
         _recipe(config),
         seed=seeds.derive(*key, "training"),
         device=device,
@@ -188,13 +186,22 @@ def _train_one(
     return snapshots, accuracy, flat.layout(model)
 
 
+def _tested(dataset: Dataset, seed: int) -> tuple[Tensor, Tensor]:
+    """Images and labels that tell a teacher's accuracy: those held out, or else a sample of the training images."""
+    if len(dataset.val_labels):
+        return dataset.val_images, dataset.val_labels
+    draw = seeds.generator(seed, "teachers' accuracy")
+    chosen = torch.randperm(len(dataset.train_labels), generator=draw)[:_SAMPLE]
+    return dataset.train_images[chosen], dataset.train_labels[chosen]
+
+
 def _run(config: Config, args: argparse.Namespace) -> None:
     dataset = data.load(config.data)
     folder = train(config, dataset, cli.device(config))
     found = trajectories.open_folder(folder, _describe(config, dataset), config.teachers.count)
     last = [t.accuracy()[-1] for t in found.values()]
-    part = "held-out" if len(dataset.val_labels) else "training"
-    print(f"{len(last)} teachers in {folder}, right on {statistics.fmean(last):.1f} % of the {part} images")
+    part = "the held-out images" if len(dataset.val_labels) else "a sample of the training images"
+    print(f"{len(last)} teachers in {folder}, right on {statistics.fmean(last):.1f} % of {part}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

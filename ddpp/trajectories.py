@@ -77,7 +77,7 @@ class Trajectory:
             return snapshots[start : start + 1][0].clone(), snapshots[target : target + 1][0].clone()
 
     def accuracy(self) -> list[float]:
-        """Before and after each epoch, in percent: of held-out images, or of training images if none were.
+        """Before and after each epoch, in percent: of held-out images, or of a sample of training images if none were.
 
         Raises:
             UserError: the file changed since it was opened.

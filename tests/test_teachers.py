@@ -92,6 +92,21 @@ def test_without_a_held_out_part_accuracy_is_of_the_training_part(tmp_path: Path
     assert found.accuracy()[-1] == pytest.approx(expected)
 
 
+def test_a_sample_tells_the_accuracy_of_many_training_images(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = replace(dataset, val_images=dataset.val_images[:0], val_labels=dataset.val_labels[:0])
+    found = []
+    for name, sample in (("all", teachers._SAMPLE), ("sample", 16)):
+        monkeypatch.setattr(teachers, "_SAMPLE", sample)
+        config = settings(tmp_path / name, count=1)
+        found += open_all(train(config, without), config, without)
+    everything, sampled = found
+    assert torch.equal(everything.rows(0, 3)[1], sampled.rows(0, 3)[1])
+    assert everything.accuracy() != sampled.accuracy()
+    assert all(16 * share / 100 == round(16 * share / 100) for share in sampled.accuracy())
+
+
 def test_a_seed_gives_the_same_bytes(tmp_path: Path, dataset: Dataset) -> None:
     first, again, other = (
         contents(train(settings(tmp_path / name, seed=seed), dataset)) for name, seed in (("a", 0), ("b", 0), ("c", 1))
