@@ -37,6 +37,7 @@ MOVED = {
     "cafe": "--method cafe",
     "kip": "--method kip --strategy none --norm none --pooling none",
 }
+GRAPH_OF_GRAPHS = ("pure PyTorch", "unrolled")
 CHOSEN = {
     "herding": "--method herding",
     "kcenter": "--method kcenter",
@@ -81,6 +82,19 @@ def distilled(arguments: list[str], out: Path, device: str) -> Synthetic:
     return synthetic.load(out / "synthetic.safetensors")[0]
 
 
+def group_norm_has_two_derivatives() -> bool:
+    """Of tensors that stand in; torch 2.11 fails at the second one."""
+    with standing_in():
+        x, weight = torch.randn(2, 3, 4, 4).to(DEVICE).requires_grad_(), torch.ones(3).to(DEVICE).requires_grad_()
+        norm = torch.nn.functional.group_norm(x, 3, weight, torch.zeros(3).to(DEVICE))
+        (first,) = torch.autograd.grad(norm.square().sum(), weight, create_graph=True)
+        try:
+            torch.autograd.grad(first.square().sum(), x)
+        except RuntimeError:
+            return False
+    return True
+
+
 def cut_and_resumed(arguments: list[str], out: Path, device: str) -> Synthetic:
     """From a run that ends after a step and goes on from its checkpoint."""
     steps: list[int] = []
@@ -110,6 +124,8 @@ def assert_alike(found: Synthetic, wanted: Synthetic, tolerance: float = 1e-5) -
 @pytest.mark.parametrize("case", MOVED)
 def test_a_run_gives_what_the_cpu_gives(case: str, elsewhere: str, folder: Path, tmp_path: Path) -> None:
     arguments = MOVED[case].split()
+    if case in GRAPH_OF_GRAPHS and elsewhere == "stand-in" and not group_norm_has_two_derivatives():
+        pytest.skip(f"torch {torch.__version__} does not differentiate GroupNorm twice on tensors that stand in")
     if case != "kip":
         arguments += ["--teachers-folder", str(folder)]
     wanted = distilled(arguments, tmp_path / "cpu", "cpu")
