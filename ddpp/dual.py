@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Protocol, cast
 
@@ -24,8 +25,20 @@ class Step(Protocol):
     def adjoint(self, theta: Tensor, adjoint: Tensor, images: Tensor, labels: Tensor) -> StepAdjoint:
         """phi = <gradient(theta, images, labels), adjoint> and its derivatives."""
 
+    def on(self, device: torch.device) -> Step:
+        """The same for vectors in the order of parameters that suits it best there; see :meth:`pack`."""
+        return self
 
-class ConvNetStep:
+    def pack(self, vector: Tensor) -> Tensor:
+        """A vector in the order of ``parameters()`` in this step's own order. [P]"""
+        return vector
+
+    def unpack(self, vector: Tensor) -> Tensor:
+        """The inverse of :meth:`pack`. [P]"""
+        return vector
+
+
+class ConvNetStep(Step):
     """Gradient of a ConvNet's cross-entropy, and phi with its derivatives; see :mod:`ddpp.unroll`.
 
     Args:
@@ -46,6 +59,10 @@ class ConvNetStep:
         )
         self.classes, self.layout = network.classifier.out_features, flat.layout(network)
         self.account: Tensor | None = None
+        self._order: Tensor | None = None  # of its vectors, if not that of parameters()
+        self._inverse: Tensor | None = None
+        self._packed: dict[torch.device, ConvNetStep] = {}
+        self._identity: Tensor | None = None
 
     @staticmethod
     def suits(network: nn.Module) -> bool:
@@ -70,13 +87,50 @@ class ConvNetStep:
     def adjoint(self, theta: Tensor, adjoint: Tensor, images: Tensor, labels: Tensor) -> StepAdjoint:
         """phi = <gradient(theta, images, labels), adjoint> and its derivatives."""
         targets = self._targets(labels, theta)
-        found = convnet.adjoint(self.architecture, theta, adjoint, images, targets, self.account)
-        return found if labels.is_floating_point() else found._replace(labels=None)
+        soft = labels.is_floating_point()
+        found = convnet.adjoint(self.architecture, theta, adjoint, images, targets, self.account, soft=soft)
+        return found if soft else found._replace(labels=None)
+
+    def on(self, device: torch.device) -> Step:
+        """See :class:`Step`; where nothing compiled does the whole step, weights are kept channels last."""
+        if self._order is not None or (device.type == "cpu" and self.architecture.compiled):
+            return self
+        if device not in self._packed:  # made once, since graphs know a step by its identity
+            packed, order = copy.copy(self), _channels_last_order(self.layout, self.architecture.filters)
+            packed.architecture = self.architecture._replace(channels_last=True)
+            packed._order, packed._inverse = order.to(device), order.argsort().to(device)
+            self._packed[device] = packed
+        return self._packed[device]
+
+    def pack(self, vector: Tensor) -> Tensor:
+        """See :class:`Step`."""
+        return vector if self._order is None else vector[self._order]
+
+    def unpack(self, vector: Tensor) -> Tensor:
+        """See :class:`Step`."""
+        return vector if self._inverse is None else vector[self._inverse]
 
     def _targets(self, labels: Tensor, theta: Tensor) -> Tensor:
         if labels.is_floating_point():
             return labels.softmax(1)
-        return theta.new_zeros(len(labels), self.classes).scatter_(1, labels[:, None], 1)
+        rows = self._identity
+        if rows is None or rows.dtype != theta.dtype or rows.device != theta.device:
+            rows = self._identity = torch.eye(self.classes, dtype=theta.dtype, device=theta.device)
+        return rows[labels]
+
+
+def _channels_last_order(layout: flat.Layout, filters: int) -> Tensor:
+    """The places in a vector of parameters, one after the other, that make it one with weights channels last. [P]"""
+    places = flat.unflatten(torch.arange(flat.size(layout)), layout)
+    parts = []
+    for name, shape in layout:
+        view = places[name]
+        if len(shape) == 4:  # a convolution's [O, I, 3, 3]
+            view = view.permute(0, 2, 3, 1)
+        elif len(shape) == 2:  # the linear layer's [K, C h w]
+            view = view.view(shape[0], filters, -1).transpose(1, 2)
+        parts.append(view.flatten())
+    return torch.cat(parts)
 
 
 def _is_block(modules: Sequence[nn.Module], first: bool) -> bool:

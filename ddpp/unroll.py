@@ -47,7 +47,7 @@ class Matching(NamedTuple):
     end: Tensor  # [P]
 
 
-class AutogradStep:
+class AutogradStep(Step):
     """Reverse over reverse, for any twice differentiable network."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -339,14 +339,15 @@ def _unrolled(u: _Unroll) -> Matching:
 
 
 def _adjoint(u: _Unroll, *, exact: bool = True) -> Matching:
-    end, checkpoints = u.start.detach(), []
+    u = u._replace(step=u.step.on(u.start.device))
+    theta, checkpoints = u.step.pack(u.start.detach()), []
     for step in range(len(u.batches)):
         if step % u.checkpoint_every == 0:
-            checkpoints.append(end)
-        end = u.next(end, step)
-    end.requires_grad_()
+            checkpoints.append(theta)
+        theta = u.next(theta, step)
+    end = u.step.unpack(theta).requires_grad_()
     loss, kept = u.match(end)
-    adjoint = grad(loss, end)[0]  # [P]
+    adjoint = u.step.pack(grad(loss, end)[0])  # [P]
 
     d_lr = torch.zeros_like(u.lr)
     d_images, d_labels = torch.zeros_like(u.images), torch.zeros_like(u.labels)

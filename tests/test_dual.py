@@ -64,6 +64,28 @@ def test_any_size_depth_and_width(shape: tuple[int, int, int], options: dict[str
     agree(ConvNetStep(net, tile), net, *inputs(net, shape, 3))
 
 
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 9, 9), (1, 28, 28)], ids=str)
+def test_with_weights_channels_last(shape: tuple[int, int, int], soft: bool) -> None:
+    """The order that vectors have within an unroll where nothing compiled does the whole step."""
+    net = network(shape, depth=3 if shape[1] > 9 else 2)
+    theta, adjoint, images, labels = inputs(net, shape, 5, soft)
+    plain = ConvNetStep(net, 0)
+    step = plain.on(theta.device)
+    assert plain.on(theta.device) is step and step.on(theta.device) is step
+    assert not torch.equal(step.pack(theta), theta) and torch.equal(step.unpack(step.pack(theta)), theta)
+    assert close(step.unpack(step.gradient(step.pack(theta), images, labels)), plain.gradient(theta, images, labels))
+    wanted = plain.adjoint(theta, adjoint, images, labels)
+    found = step.adjoint(step.pack(theta), step.pack(adjoint), images, labels)
+    for mine, theirs in zip(found._replace(theta=step.unpack(found.theta)), wanted, strict=True):
+        assert close(mine, theirs)
+
+
+def test_a_compiled_step_keeps_the_order_of_parameters() -> None:
+    step = ConvNetStep(network(), 2)
+    assert step.on(torch.device("cpu")) is step
+
+
 @pytest.mark.parametrize("tile", [0, 2])
 @pytest.mark.parametrize("soft", [False, True])
 def test_batches_of_any_size_one_after_the_other(tile: int, soft: bool) -> None:

@@ -170,7 +170,8 @@ def test_an_inner_step_is_few_kernels() -> None:
             )
         return counted.count
 
-    assert launches(3) - launches(2) <= 101  # forward and back; the plain graph of all steps has several hundred
+    launches(1)  # what is made once
+    assert launches(3) - launches(2) <= 77  # forward and back; the plain graph of all steps has several hundred
 
 
 @pytest.mark.parametrize("name", ["dual", "fused", "autograd"])

@@ -158,7 +158,7 @@ def test_results_depend_on_the_parts_and_not_on_the_threads(parts: int, two_thre
         results = [theta.new_full(x.shape, torch.nan) for x in (theta, images, labels, theta[0])]
         with _library.using("compiled"):
             ops().convnet_adjoint.default(
-                theta, tangent, images, labels.softmax(1), *architecture[:-1], parts, None, *results
+                theta, tangent, images, labels.softmax(1), *architecture.arguments, parts, None, *results
             )
         return results
 
@@ -201,9 +201,9 @@ def test_opcheck(dtype: torch.dtype, backend: Backend) -> None:
     theta, tangent, images, labels = (x.to(backend.device) for x in problem(architecture, (4, 3, 8, 8), dtype))
     results = [torch.zeros_like(x) for x in (theta, images, labels, theta[0])]
     calls = {
-        "convnet_logits": (theta, images, *architecture[:-1], 2, results[2].clone()),
-        "convnet_gradient": (theta, images, labels.softmax(1), *architecture[:-1], 2, None, results[0].clone()),
-        "convnet_adjoint": (theta, tangent, images, labels.softmax(1), *architecture[:-1], 2, None, *results),
+        "convnet_logits": (theta, images, *architecture.arguments, 2, results[2].clone()),
+        "convnet_gradient": (theta, images, labels.softmax(1), *architecture.arguments, 2, None, results[0].clone()),
+        "convnet_adjoint": (theta, tangent, images, labels.softmax(1), *architecture.arguments, 2, None, *results),
     }
     assert set(calls) == STAGES
     for name, arguments in calls.items():
@@ -222,7 +222,7 @@ def call(**changes: object) -> Callable[[], None]:
         "tangent": TANGENT,
         "images": IMAGES,
         "targets": LABELS.softmax(1),
-        **dict(zip(("pad_y", "pad_x", "depth", "filters", "eps", "m"), ARCHITECTURE[:-1], strict=True)),
+        **dict(zip(("pad_y", "pad_x", "depth", "filters", "eps", "m"), ARCHITECTURE.arguments, strict=True)),
         "parts": 2,
         "account": None,
         "gradient": THETA.clone(),

@@ -67,6 +67,9 @@ class Architecture(NamedTuple):
             own convolutions.
         plane_dtype: of the planes between the layers, if not that of the parameters: torch.bfloat16 halves what
             a GPU moves. Statistics, the linear layer, parameters and their gradients keep theirs.
+        channels_last: parameters, tangents and gradients hold weights as the planes hold pixels, channels last: a
+            convolution's as [O, 3, 3, I], the linear layer's as [K, h, w, C]. Nothing is brought into another layout
+            then, of which a GPU that has few images would feel every launch.
     """
 
     pad_y: int
@@ -76,18 +79,27 @@ class Architecture(NamedTuple):
     eps: float
     tile: int
     plane_dtype: torch.dtype | None = None
+    channels_last: bool = False
+
+    @property
+    def compiled(self) -> bool:
+        """Whether a compiled operator can do it, where there is one."""
+        return self.tile > 0 and self.plane_dtype is None and not self.channels_last
+
+    @property
+    def arguments(self) -> tuple[int | float, ...]:
+        """What the operators below take of it."""
+        return self.pad_y, self.pad_x, self.depth, self.filters, self.eps, self.tile
 
     def call(self, name: str, *inputs: Tensor, outputs: Sequence[Tensor | None]) -> None:
-        """Calls one of the operators below, compiled unless the tile is 0 or planes have a dtype of their own."""
-        arguments = (
-            *(x.detach().contiguous() for x in inputs),
-            *self[:-1],
-            min(torch.get_num_threads(), len(inputs[-1])),
-        )
-        if self.tile and self.plane_dtype is None:
+        """Calls one of the operators below."""
+        parts = min(torch.get_num_threads(), len(inputs[-1]))
+        arguments = *(x.detach().contiguous() for x in inputs), *self.arguments, parts
+        if self.compiled:
             getattr(ops(), name).default(*arguments, *outputs)
         else:
-            references[name](*arguments, *outputs, plane_dtype=self.plane_dtype)
+            options = {"plane_dtype": self.plane_dtype, "channels_last": self.channels_last}
+            references[name](*arguments, *outputs, **options)
 
 
 def logits(architecture: Architecture, theta: Tensor, images: Tensor, classes: int) -> Tensor:
@@ -124,16 +136,18 @@ def adjoint(
     images: Tensor,
     targets: Tensor,
     account: Tensor | None = None,
+    *,
+    soft: bool = True,
 ) -> StepAdjoint:
     """phi = <gradient(theta, images, targets), tangent> and its derivatives; that of labels by their logits.
 
     Args:
         tangent: [P]
         theta, images, targets, account: as for :func:`gradient`.
+        soft: whether the derivative by the labels is wanted; otherwise it may be None.
     """
-    found = StepAdjoint(
-        theta.new_empty(()), torch.empty_like(theta), images.new_empty(images.shape), torch.empty_like(targets)
-    )
+    of_labels = torch.empty_like(targets) if soft or architecture.compiled else None
+    found = StepAdjoint(theta.new_empty(()), torch.empty_like(theta), images.new_empty(images.shape), of_labels)
     outputs = [account, found.theta, found.images, found.labels, found.phi]
     architecture.call("convnet_adjoint", theta, tangent, images, targets, outputs=outputs)
     return found
@@ -148,18 +162,23 @@ _ARCHITECTURE = "int pad_y, int pad_x, int depth, int filters, float eps, int m,
 
 
 class _Layers(NamedTuple):
-    """Views into a flat vector: weight, scale and shift of each block, weight and bias of the linear layer."""
+    """Views into a flat vector: weight, scale and shift of each block, weight and bias of the linear layer.
+
+    ``channels_last`` as in :class:`Architecture`.
+    """
 
     blocks: list[tuple[Tensor, Tensor, Tensor]]  # [O, I, 3, 3], [O], [O]
     weight: Tensor  # [K, features]
     bias: Tensor  # [K]
 
     @classmethod
-    def of(cls, vector: Tensor, channels: int, depth: int, filters: int, classes: int) -> _Layers:
+    def of(cls, vector: Tensor, channels: int, depth: int, filters: int, classes: int, channels_last: bool) -> _Layers:
         blocks, inputs = [], channels
         for _ in range(depth):
             size = filters * inputs * 9
             weight, _, scale, shift, vector = vector.split([size, *3 * [filters], len(vector) - size - 3 * filters])
+            if channels_last:
+                weight = weight.view(filters, 3, 3, inputs).permute(0, 3, 1, 2)
             blocks.append((weight.view(filters, inputs, 3, 3), scale, shift))
             inputs = filters
         return cls(blocks, vector[:-classes].view(classes, -1), vector[-classes:])
@@ -172,6 +191,17 @@ class _Layers(NamedTuple):
 def _planes(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """In the planes' layout, and in their dtype if they have one of their own."""
     return x.to(dtype or x.dtype, memory_format=torch.channels_last)
+
+
+def _features(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """The last planes as rows, in the order of the linear layer's weight. [n, F]"""
+    return (x.permute(0, 2, 3, 1) if channels_last else x).flatten(1).to(dtype)
+
+
+def _planes_of_features(rows: Tensor, like: Tensor, dtype: torch.dtype | None, channels_last: bool) -> Tensor:
+    """The way back of :func:`_features`, for gradients."""
+    n, c, h, w = like.shape
+    return _planes(rows.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else rows.view(n, c, h, w), dtype)
 
 
 def _micro_batches(images: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -220,14 +250,16 @@ def _logits(
     parts: int,
     logits: Tensor,
     plane_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
 ) -> None:
-    layers = _Layers.of(theta, images.shape[1], depth, filters, logits.shape[1]).convolving(plane_dtype)
+    size = images.shape[1], depth, filters, logits.shape[1], channels_last
+    layers = _Layers.of(theta, *size).convolving(plane_dtype)
     for x, out in _micro_batches(images, logits):
         x = _planes(x, plane_dtype)
         for k, (weight, scale, shift) in enumerate(layers.blocks):
             y = F.conv2d(x, weight, padding=_padding(k, pad_y, pad_x))
             x = norm_pool.norm_relu_pool_forward(y, scale, shift, eps).out
-        out.copy_(torch.addmm(layers.bias, x.flatten(1).to(out.dtype), layers.weight.t()))
+        out.copy_(torch.addmm(layers.bias, _features(x, out.dtype, channels_last), layers.weight.t()))
 
 
 @define(
@@ -248,18 +280,27 @@ def _gradient(
     account: Tensor | None,
     gradient: Tensor,
     plane_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
 ) -> None:
-    size, pad = (images.shape[1], depth, filters, targets.shape[1]), (pad_y, pad_x)
+    size, pad = (images.shape[1], depth, filters, targets.shape[1], channels_last), (pad_y, pad_x)
     layers = _Layers.of(theta, *size).convolving(plane_dtype)
 
     def run(part: Tensor, x: Tensor, target: Tensor) -> None:
-        _gradient_of(_planes(x, plane_dtype), target, len(images), layers, _Layers.of(part, *size), pad, eps)
+        sums = _Layers.of(part, *size)
+        _gradient_of(_planes(x, plane_dtype), target, len(images), layers, sums, pad, eps, channels_last)
 
     _summed(gradient, run, images, targets)
 
 
 def _gradient_of(
-    x: Tensor, target: Tensor, n: int, layers: _Layers, sums: _Layers, pad: tuple[int, int], eps: float
+    x: Tensor,
+    target: Tensor,
+    n: int,
+    layers: _Layers,
+    sums: _Layers,
+    pad: tuple[int, int],
+    eps: float,
+    channels_last: bool,
 ) -> None:
     """Writes to ``sums`` what some of n images add to the gradient."""
     seen = []
@@ -268,18 +309,24 @@ def _gradient_of(
         out = norm_pool.norm_relu_pool_forward(y, scale, shift, eps)
         seen.append((x, y, out.statistics))
         x = out.out
-    features = x.flatten(1).to(target.dtype)
+    features = _features(x, target.dtype, channels_last)
     d_logits = (torch.addmm(layers.bias, features, layers.weight.t()).softmax(1) - target).div_(n)
     torch.mm(d_logits.t(), features, out=sums.weight)
     torch.sum(d_logits, 0, out=sums.bias)
-    grad = _planes((d_logits @ layers.weight).view(x.shape), x.dtype)
+    grad, d_weights = _planes_of_features(d_logits @ layers.weight, x, x.dtype, channels_last), []
     for k in reversed(range(len(seen))):
         (weight, scale, shift), (x, y, statistics) = layers.blocks[k], seen.pop()
-        d_weight, d_scale, d_shift = sums.blocks[k]
+        _, d_scale, d_shift = sums.blocks[k]
         back = norm_pool.Backward(torch.empty_like(y, memory_format=torch.channels_last), d_scale, d_shift)
         norm_pool.norm_relu_pool_backward(grad, y, scale, shift, statistics, out=back)
-        grad, found = _convolution_backward(back.y, x, weight, _padding(k, *pad), of=(k > 0, True))
-        d_weight.copy_(found)
+        grad, d_weight = _convolution_backward(back.y, x, weight, _padding(k, *pad), of=(k > 0, True))
+        d_weights.append(d_weight)
+    _write_weights(d_weights, sums)
+
+
+def _write_weights(found: list[Tensor], sums: _Layers) -> None:
+    """The gradients of the weights, those of the last block first, to where they belong: one launch on a GPU."""
+    torch._foreach_copy_([weight for weight, _, _ in reversed(sums.blocks)], found)
 
 
 @define(
@@ -301,18 +348,19 @@ def _adjoint(
     account: Tensor | None,
     gradient: Tensor,
     d_images: Tensor,
-    d_labels: Tensor,
+    d_labels: Tensor | None,
     phi: Tensor,
     plane_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
 ) -> None:
-    size, pad, n = (images.shape[1], depth, filters, targets.shape[1]), (pad_y, pad_x), len(images)
+    size, pad, n = (images.shape[1], depth, filters, targets.shape[1], channels_last), (pad_y, pad_x), len(images)
     layers, tangents = (_Layers.of(v, *size).convolving(plane_dtype) for v in (theta, tangent))
     phi.zero_()
 
-    def run(part: Tensor, x: Tensor, target: Tensor, d_x: Tensor, d_label: Tensor) -> None:
+    def run(part: Tensor, x: Tensor, target: Tensor, d_x: Tensor, *d_label: Tensor) -> None:
         sums = _Layers.of(part, *size)
         faces, seen = _dual_forward(_planes(x, plane_dtype), layers, tangents, pad, eps)
-        features = faces.flatten(1).to(target.dtype)
+        features = _features(faces, target.dtype, channels_last)
         value, along = features.chunk(2)
         logits_tangent = torch.addmm(tangents.bias, along, layers.weight.t()).addmm_(value, tangents.weight.t())
         softmax = torch.addmm(layers.bias, value, layers.weight.t()).softmax(1)
@@ -321,17 +369,18 @@ def _adjoint(
         _softmax_backward(logits_tangent, softmax, out=by_value)
         torch.sub(softmax, target, out=by_tangent)
         cotangents.div_(n)
-        phi.add_((by_tangent * logits_tangent).sum())
-        _softmax_backward(logits_tangent, target, out=d_label)
-        d_label.div_(-n)
+        phi.add_(torch.dot(by_tangent.flatten(), logits_tangent.flatten()))
+        for out in d_label:  # if it is wanted
+            _softmax_backward(logits_tangent, target, out=out)
+            out.div_(-n)
         torch.mm(cotangents.t(), features, out=sums.weight)
         torch.sum(by_value, 0, out=sums.bias)
         grads = cotangents @ layers.weight
         grads[: len(x)].addmm_(by_tangent, tangents.weight)
-        grads = _planes(grads.view(faces.shape), plane_dtype)
+        grads = _planes_of_features(grads, faces, plane_dtype, channels_last)
         d_x.copy_(_dual_backward(grads, layers, tangents, sums, seen, pad))
 
-    _summed(gradient, run, images, targets, d_images, d_labels)
+    _summed(gradient, run, images, targets, d_images, *([] if d_labels is None else [d_labels]))
 
 
 # Dual numbers are stacked: n values, then n tangents.
@@ -369,16 +418,18 @@ def _dual_backward(
     pad: tuple[int, int],
 ) -> Tensor:
     """The gradient of the images from that of the last pooled planes; those of parameters are written to ``sums``."""
+    d_weights = []
     for k in reversed(range(len(seen))):
         (weight, scale, shift), along, (x, y, y_tangent, statistics) = layers.blocks[k], tangents.blocks[k], seen.pop()
-        (d_weight, d_scale, d_shift), n, padding = sums.blocks[k], len(y), _padding(k, *pad)
+        (_, d_scale, d_shift), n, padding = sums.blocks[k], len(y), _padding(k, *pad)
         planes = _stacked(n, y, *y.shape[2:])
         back = norm_pool.DualBackward(planes[:n], planes[n:], d_scale, d_shift)
         norm_pool.norm_relu_pool_dual_backward(
             grads[:n], grads[n:], y, y_tangent, scale, along[1], shift, statistics, out=back
         )
-        grads, found = _convolution_backward(planes if k else back.y, x, weight, padding, of=(True, True))
+        grads, d_weight = _convolution_backward(planes if k else back.y, x, weight, padding, of=(True, True))
         through, _ = _convolution_backward(back.y_tangent, x[:n], along[0], padding, of=(True, False))
         grads[:n].add_(through)
-        d_weight.copy_(found)
+        d_weights.append(d_weight)
+    _write_weights(d_weights, sums)
     return grads
