@@ -62,7 +62,7 @@ class ConvNetStep(Step):
         self._order: Tensor | None = None  # of its vectors, if not that of parameters()
         self._inverse: Tensor | None = None
         self._packed: dict[torch.device, ConvNetStep] = {}
-        self._identity: Tensor | None = None
+        self._identities: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # kept, since graphs read them
 
     @staticmethod
     def suits(network: nn.Module) -> bool:
@@ -113,10 +113,10 @@ class ConvNetStep(Step):
     def _targets(self, labels: Tensor, theta: Tensor) -> Tensor:
         if labels.is_floating_point():
             return labels.softmax(1)
-        rows = self._identity
-        if rows is None or rows.dtype != theta.dtype or rows.device != theta.device:
-            rows = self._identity = torch.eye(self.classes, dtype=theta.dtype, device=theta.device)
-        return rows[labels]
+        kind = theta.dtype, theta.device
+        if kind not in self._identities:
+            self._identities[kind] = torch.eye(self.classes, dtype=theta.dtype, device=theta.device)
+        return self._identities[kind][labels]
 
 
 def _channels_last_order(layout: flat.Layout, filters: int) -> Tensor:

@@ -238,12 +238,13 @@ class _Unroll(NamedTuple):
         return self.graphs(_forward, *arguments).clone() if self.graphs else _forward(*arguments)
 
     def back(self, theta: Tensor, adjoint: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See :func:`_backward`; with graphs, the next call of one overwrites all results but the first."""
+        """See :func:`_backward`; with graphs, the next call of one may overwrite the results."""
         arguments = self.step, self.fused, theta, adjoint, *self.batch(step)
         if not self.graphs:
             return _backward(*arguments)
-        before, d_images, phi, d_labels = self.graphs(_backward, *arguments)
-        return before.clone(), d_images, phi, d_labels
+        before, *rest = self.graphs(_backward, *arguments)
+        # Unless a step forward lies between, the next call takes it before anything is overwritten.
+        return before if self.checkpoint_every == 1 else before.clone(), *rest
 
     def match(self, end: Tensor) -> tuple[Tensor, Tensor]:
         if self.distance is not None:

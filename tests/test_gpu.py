@@ -171,7 +171,7 @@ def test_an_inner_step_is_few_kernels() -> None:
         return counted.count
 
     launches(1)  # what is made once
-    assert launches(3) - launches(2) <= 77  # forward and back; the plain graph of all steps has several hundred
+    assert launches(3) - launches(2) <= 76  # forward and back; the plain graph of all steps has several hundred
 
 
 @pytest.mark.parametrize("name", ["dual", "fused", "autograd"])

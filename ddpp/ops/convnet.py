@@ -355,7 +355,7 @@ def _adjoint(
 ) -> None:
     size, pad, n = (images.shape[1], depth, filters, targets.shape[1], channels_last), (pad_y, pad_x), len(images)
     layers, tangents = (_Layers.of(v, *size).convolving(plane_dtype) for v in (theta, tangent))
-    phi.zero_()
+    phis = []
 
     def run(part: Tensor, x: Tensor, target: Tensor, d_x: Tensor, *d_label: Tensor) -> None:
         sums = _Layers.of(part, *size)
@@ -369,7 +369,7 @@ def _adjoint(
         _softmax_backward(logits_tangent, softmax, out=by_value)
         torch.sub(softmax, target, out=by_tangent)
         cotangents.div_(n)
-        phi.add_(torch.dot(by_tangent.flatten(), logits_tangent.flatten()))
+        phis.append(torch.dot(by_tangent.flatten(), logits_tangent.flatten()))
         for out in d_label:  # if it is wanted
             _softmax_backward(logits_tangent, target, out=out)
             out.div_(-n)
@@ -381,6 +381,7 @@ def _adjoint(
         d_x.copy_(_dual_backward(grads, layers, tangents, sums, seen, pad))
 
     _summed(gradient, run, images, targets, d_images, *([] if d_labels is None else [d_labels]))
+    phi.copy_(phis[0] if len(phis) == 1 else torch.stack(phis).sum())
 
 
 # Dual numbers are stacked: n values, then n tangents.
