@@ -17,7 +17,10 @@ _BLOCK = 4  # modules, and parameters, of a block
 
 
 class Step(Protocol):
-    """One student step of some network, by flat parameters [P], augmented images [n, C, H, W] and their labels."""
+    """One student step of some network, by flat parameters [P], augmented images [n, C, H, W] and their labels.
+
+    A step of one's own inherits from this and gives ``gradient`` and ``adjoint``.
+    """
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """d/dtheta of the mean cross-entropy. [P]"""
