@@ -253,10 +253,10 @@ class _Unroll(NamedTuple):
 
     def until_nearest(self) -> _Unroll:
         """The same without the inner steps after the one whose parameters are nearest to the target, by L1."""
-        theta, distances = self.start.detach(), []
+        theta, target, distances = self.step.pack(self.start.detach()), self.step.pack(self.target), []
         for step in range(len(self.batches)):
             theta = self.next(theta, step)
-            distances.append((theta - self.target).abs().sum())
+            distances.append((theta - target).abs().sum())
         latest_first = torch.stack(distances[::-1]).nan_to_num(nan=torch.inf)
         length = len(distances) - int(latest_first.argmin())
         return self._replace(batches=self.batches[:length], plans=self.plans[:length])
@@ -320,7 +320,7 @@ def matching_gradients(
     """
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}{nearest(engine, ENGINES)} Known: {', '.join(ENGINES)}")
-    step = step or provider(network, "auto" if fused else "autograd")
+    step = (step or provider(network, "auto" if fused else "autograd")).on(start.device)
     drawn = [None] * len(batches) if plans is None else plans
     given = start, target, images.detach(), labels.detach(), lr.detach(), batches, drawn
     u = _Unroll(network, *given, epsilon, fused, step, checkpoint_every, distance, graphs)
@@ -340,7 +340,6 @@ def _unrolled(u: _Unroll) -> Matching:
 
 
 def _adjoint(u: _Unroll, *, exact: bool = True) -> Matching:
-    u = u._replace(step=u.step.on(u.start.device))
     theta, checkpoints = u.step.pack(u.start.detach()), []
     for step in range(len(u.batches)):
         if step % u.checkpoint_every == 0:

@@ -11,9 +11,13 @@ import pytest
 import torch
 from conftest import Backend
 from stand_in import DEVICE, standing_in
+from test_gpu import Recorder
 
 from ddpp import cli, continual, distill, evaluate, profile, search, synthetic, teachers, training, trajectories
 from ddpp.dual import ConvNetStep
+from ddpp.gpu import Graphs
+from ddpp.methods import Problem
+from ddpp.methods.ddpp import DDPP
 from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
@@ -147,6 +151,23 @@ def test_a_run_on_emulated_kernels(backend: Backend, planes: str, folder: Path, 
     arguments = ["--teachers-folder", str(folder), *(["--bf16"] if planes == "bfloat16" else [])]
     wanted = distilled(arguments, tmp_path / "cpu", "cpu")
     assert_alike(distilled(arguments, tmp_path / "elsewhere", "stand-in"), wanted)
+
+
+@pytest.mark.parametrize("case", ["ddpp", "options", "soft labels", "tesla"])
+def test_a_run_with_captured_inner_steps(
+    case: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, begin = Recorder(), DDPP.__init__
+
+    def capture(self: DDPP, problem: Problem) -> None:
+        begin(self, problem)
+        self.graphs = Graphs(recorder)
+
+    arguments = [*MOVED[case].split(), "--teachers-folder", str(folder)]
+    wanted = distilled(arguments, tmp_path / "cpu", "cpu")
+    monkeypatch.setattr(DDPP, "__init__", capture)
+    assert_alike(distilled(arguments, tmp_path / "elsewhere", "stand-in"), wanted)
+    assert recorder.captured in (2, 4)  # a step forward and a step back, for batches of one or two sizes
 
 
 @pytest.mark.parametrize("case", CHOSEN)
