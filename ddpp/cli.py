@@ -90,13 +90,12 @@ def device(config: Config) -> torch.device:
     name = config.run.device
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    unknown = UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     try:
         found = torch.device(name)
-    except RuntimeError as e:
-        raise unknown from e
-    if found.type not in ("cpu", "cuda"):
-        raise unknown
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu.")
     return found

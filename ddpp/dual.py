@@ -101,7 +101,8 @@ class ConvNetStep(Step):
         if device not in self._packed:  # made once, since graphs know a step by its identity
             packed, order = copy.copy(self), _channels_last_order(self.layout, self.architecture.filters)
             packed.architecture = self.architecture._replace(channels_last=True)
-            packed._order, packed._inverse = order.to(device), order.argsort().to(device)
+            packed._order = order.to(device)
+            packed._inverse = packed._order.argsort()
             self._packed[device] = packed
         return self._packed[device]
 

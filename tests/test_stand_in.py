@@ -16,7 +16,7 @@ from test_gpu import Recorder
 from ddpp import cli, continual, distill, evaluate, profile, search, synthetic, teachers, training, trajectories
 from ddpp.dual import ConvNetStep
 from ddpp.gpu import Graphs
-from ddpp.methods import Problem
+from ddpp.methods import METHODS, Problem
 from ddpp.methods.ddpp import DDPP
 from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
@@ -66,12 +66,13 @@ def elsewhere(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def sgd(parameters: list[torch.nn.Parameter], recipe: Recipe, lr: float) -> torch.optim.SGD:
+    """As :mod:`ddpp.training` has it, but not fused."""
+    return torch.optim.SGD(parameters, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+
+
 def run(main: Any, device: str, arguments: list[str]) -> int:
     """A stage on a device. By its name torch chooses a fused SGD, and ddpp the fused training step."""
-
-    def sgd(parameters: list[torch.nn.Parameter], recipe: Recipe, lr: float) -> torch.optim.SGD:
-        return torch.optim.SGD(parameters, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-
     if device != "stand-in":
         return int(main([*arguments, "--device", device]))
     with pytest.MonkeyPatch.context() as patch, standing_in():
@@ -203,6 +204,11 @@ def test_what_a_result_is_used_for(elsewhere: str, folder: Path, tmp_path: Path)
     assert run(search.main, elsewhere, [held, *grid]) == 0
     picture = str(tmp_path / "profile.png")
     assert run(profile.main, elsewhere, [*NETWORK, "--inner-steps", "2", "--out", picture]) == 0
+
+
+def test_no_method_is_left_out() -> None:
+    words = [case.split() for case in (*MOVED.values(), *CHOSEN.values())]
+    assert {case[case.index("--method") + 1] for case in words} == set(METHODS.names())
 
 
 def test_tensors_of_two_devices_do_not_meet() -> None:

@@ -162,14 +162,12 @@ _ARCHITECTURE = "int pad_y, int pad_x, int depth, int filters, float eps, int m,
 
 
 class _Layers(NamedTuple):
-    """Views into a flat vector: weight, scale and shift of each block, weight and bias of the linear layer.
-
-    ``channels_last`` as in :class:`Architecture`.
-    """
+    """Views into a flat vector: weight, scale and shift of each block, weight and bias of the linear layer."""
 
     blocks: list[tuple[Tensor, Tensor, Tensor]]  # [O, I, 3, 3], [O], [O]
-    weight: Tensor  # [K, features]
+    weight: Tensor  # [K, F]
     bias: Tensor  # [K]
+    channels_last: bool  # see Architecture
 
     @classmethod
     def of(cls, vector: Tensor, channels: int, depth: int, filters: int, classes: int, channels_last: bool) -> _Layers:
@@ -177,31 +175,37 @@ class _Layers(NamedTuple):
         for _ in range(depth):
             size = filters * inputs * 9
             weight, _, scale, shift, vector = vector.split([size, *3 * [filters], len(vector) - size - 3 * filters])
-            if channels_last:
-                weight = weight.view(filters, 3, 3, inputs).permute(0, 3, 1, 2)
-            blocks.append((weight.view(filters, inputs, 3, 3), scale, shift))
+            planes = (
+                weight.view(filters, 3, 3, inputs).permute(0, 3, 1, 2)
+                if channels_last
+                else weight.view(filters, inputs, 3, 3)
+            )
+            blocks.append((planes, scale, shift))
             inputs = filters
-        return cls(blocks, vector[:-classes].view(classes, -1), vector[-classes:])
+        return cls(blocks, vector[:-classes].view(classes, -1), vector[-classes:], channels_last)
 
     def convolving(self, dtype: torch.dtype | None) -> _Layers:
         """The same with weights in layout and dtype of the planes, so that no convolution converts them again."""
         return self._replace(blocks=[(_planes(weight, dtype), scale, shift) for weight, scale, shift in self.blocks])
 
+    def features(self, x: Tensor) -> Tensor:
+        """The last planes as rows in the order and dtype of the linear layer's weight. [n, F]"""
+        return (x.permute(0, 2, 3, 1) if self.channels_last else x).flatten(1).to(self.weight.dtype)
+
+    def planes(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The way back of :meth:`features`, for gradients. [n, C, h, w]"""
+        n, c, h, w = like.shape
+        planes = rows.view(n, h, w, c).permute(0, 3, 1, 2) if self.channels_last else rows.view(n, c, h, w)
+        return _planes(planes, like.dtype)
+
+    def write_weights(self, found: list[Tensor]) -> None:
+        """Copies the gradients of the weights, those of the last block first, into the vector: a GPU's one launch."""
+        torch._foreach_copy_([weight for weight, _, _ in reversed(self.blocks)], found)
+
 
 def _planes(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """In the planes' layout, and in their dtype if they have one of their own."""
     return x.to(dtype or x.dtype, memory_format=torch.channels_last)
-
-
-def _features(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """The last planes as rows, in the order of the linear layer's weight. [n, F]"""
-    return (x.permute(0, 2, 3, 1) if channels_last else x).flatten(1).to(dtype)
-
-
-def _planes_of_features(rows: Tensor, like: Tensor, dtype: torch.dtype | None, channels_last: bool) -> Tensor:
-    """The way back of :func:`_features`, for gradients."""
-    n, c, h, w = like.shape
-    return _planes(rows.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else rows.view(n, c, h, w), dtype)
 
 
 def _micro_batches(images: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -259,7 +263,7 @@ def _logits(
         for k, (weight, scale, shift) in enumerate(layers.blocks):
             y = F.conv2d(x, weight, padding=_padding(k, pad_y, pad_x))
             x = norm_pool.norm_relu_pool_forward(y, scale, shift, eps).out
-        out.copy_(torch.addmm(layers.bias, _features(x, out.dtype, channels_last), layers.weight.t()))
+        out.copy_(torch.addmm(layers.bias, layers.features(x), layers.weight.t()))
 
 
 @define(
@@ -286,21 +290,13 @@ def _gradient(
     layers = _Layers.of(theta, *size).convolving(plane_dtype)
 
     def run(part: Tensor, x: Tensor, target: Tensor) -> None:
-        sums = _Layers.of(part, *size)
-        _gradient_of(_planes(x, plane_dtype), target, len(images), layers, sums, pad, eps, channels_last)
+        _gradient_of(_planes(x, plane_dtype), target, len(images), layers, _Layers.of(part, *size), pad, eps)
 
     _summed(gradient, run, images, targets)
 
 
 def _gradient_of(
-    x: Tensor,
-    target: Tensor,
-    n: int,
-    layers: _Layers,
-    sums: _Layers,
-    pad: tuple[int, int],
-    eps: float,
-    channels_last: bool,
+    x: Tensor, target: Tensor, n: int, layers: _Layers, sums: _Layers, pad: tuple[int, int], eps: float
 ) -> None:
     """Writes to ``sums`` what some of n images add to the gradient."""
     seen = []
@@ -309,11 +305,11 @@ def _gradient_of(
         out = norm_pool.norm_relu_pool_forward(y, scale, shift, eps)
         seen.append((x, y, out.statistics))
         x = out.out
-    features = _features(x, target.dtype, channels_last)
+    features = layers.features(x)
     d_logits = (torch.addmm(layers.bias, features, layers.weight.t()).softmax(1) - target).div_(n)
     torch.mm(d_logits.t(), features, out=sums.weight)
     torch.sum(d_logits, 0, out=sums.bias)
-    grad, d_weights = _planes_of_features(d_logits @ layers.weight, x, x.dtype, channels_last), []
+    grad, d_weights = layers.planes(d_logits @ layers.weight, x), []
     for k in reversed(range(len(seen))):
         (weight, scale, shift), (x, y, statistics) = layers.blocks[k], seen.pop()
         _, d_scale, d_shift = sums.blocks[k]
@@ -321,12 +317,7 @@ def _gradient_of(
         norm_pool.norm_relu_pool_backward(grad, y, scale, shift, statistics, out=back)
         grad, d_weight = _convolution_backward(back.y, x, weight, _padding(k, *pad), of=(k > 0, True))
         d_weights.append(d_weight)
-    _write_weights(d_weights, sums)
-
-
-def _write_weights(found: list[Tensor], sums: _Layers) -> None:
-    """The gradients of the weights, those of the last block first, to where they belong: one launch on a GPU."""
-    torch._foreach_copy_([weight for weight, _, _ in reversed(sums.blocks)], found)
+    sums.write_weights(d_weights)
 
 
 @define(
@@ -360,7 +351,7 @@ def _adjoint(
     def run(part: Tensor, x: Tensor, target: Tensor, d_x: Tensor, *d_label: Tensor) -> None:
         sums = _Layers.of(part, *size)
         faces, seen = _dual_forward(_planes(x, plane_dtype), layers, tangents, pad, eps)
-        features = _features(faces, target.dtype, channels_last)
+        features = layers.features(faces)
         value, along = features.chunk(2)
         logits_tangent = torch.addmm(tangents.bias, along, layers.weight.t()).addmm_(value, tangents.weight.t())
         softmax = torch.addmm(layers.bias, value, layers.weight.t()).softmax(1)
@@ -377,7 +368,7 @@ def _adjoint(
         torch.sum(by_value, 0, out=sums.bias)
         grads = cotangents @ layers.weight
         grads[: len(x)].addmm_(by_tangent, tangents.weight)
-        grads = _planes_of_features(grads, faces, plane_dtype, channels_last)
+        grads = layers.planes(grads, faces)
         d_x.copy_(_dual_backward(grads, layers, tangents, sums, seen, pad))
 
     _summed(gradient, run, images, targets, d_images, *([] if d_labels is None else [d_labels]))
@@ -432,5 +423,5 @@ def _dual_backward(
         through, _ = _convolution_backward(back.y_tangent, x[:n], along[0], padding, of=(True, False))
         grads[:n].add_(through)
         d_weights.append(d_weight)
-    _write_weights(d_weights, sums)
+    sums.write_weights(d_weights)
     return grads
