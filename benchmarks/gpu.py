@@ -3,8 +3,9 @@
     python benchmarks/gpu.py --out benchmarks/results/2026-01-01-device.json
 
 Prints Markdown tables and writes the same as JSON: operators with their share of the bandwidth of copying; the vendor's
-convolution in two layouts; outer steps in float32, in TF32 and with planes in bfloat16, with and without CUDA graphs,
-their memory, and how far their pixels' gradient is from float64's; and where the time of an outer step goes, by kernel.
+convolution in two layouts; outer steps in float32, in TF32 and with planes in bfloat16, with CUDA graphs on one stream
+and on several, and without, their memory, and how far their pixels' gradient is from float64's; and where the time of
+an outer step goes, by kernel.
 Every side of a case runs in turn, the second-level cache is overwritten before each call, and the median of the
 device's own clock is taken. ``--small --device cpu`` tries the script where there is no GPU; its figures mean nothing.
 """
@@ -33,9 +34,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ddpp import augment
-from ddpp.gpu import Graphs
+from ddpp.gpu import CudaGraphs, Graphs
 from ddpp.ops import dsa_augment, masked_match_loss
 from ddpp.ops import norm_pool as faces
+from ddpp.ops._streams import SIDES
 from ddpp.unroll import Matching, matching_gradients, provider
 
 Side = Callable[[], object]
@@ -234,16 +236,18 @@ def outer_steps(clock: Clock, small: bool) -> Iterator[tuple[dict[str, Any], dic
 
 
 def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Matching]]]:
-    """What makes the reference, every step a graph of autograd, and the adjoint engine in three forms."""
+    """What makes the reference, every step a graph of autograd, and the adjoint engine in four forms."""
     on_gpu = problem["start"].is_cuda
 
-    def adjoint(graphs: bool = True, bf16: bool = False) -> Callable[[], Matching]:
-        step, captured = provider(problem["network"], "dual", bf16=bf16), Graphs() if graphs and on_gpu else None
+    def adjoint(graphs: bool = True, bf16: bool = False, sides: int = SIDES) -> Callable[[], Matching]:
+        step = provider(problem["network"], "dual", bf16=bf16)
+        captured = Graphs(CudaGraphs(sides)) if graphs and on_gpu else None
         return lambda: matching_gradients(**problem, step=step, graphs=captured)
 
     return {
         "pytorch": lambda: _as_published(bench_outer_step.side(bench_outer_step.REFERENCE, problem)),
         "fused": adjoint,
+        "on one stream": lambda: adjoint(sides=0),
         "without CUDA graphs": lambda: adjoint(graphs=False),
         "bf16 planes": lambda: adjoint(bf16=True),
     }
@@ -349,7 +353,7 @@ def _line(row: dict[str, Any]) -> str:
     ms = row["ms"]
     others = [f"{ms[o]:.3g} ms ({ms[o] / ms['fused']:.1f}x)" if o in ms else "" for o in ("pytorch", "compile")]
     notes = [f"{100 * row['share_of_copying']:.0f} % of copying"] if "share_of_copying" in row else []
-    notes += [f"{side} {ms[side]:.3g} ms" for side in ("without CUDA graphs", "bf16 planes") if side in ms]
+    notes += [f"{side} {value:.3g} ms" for side, value in ms.items() if side not in ("fused", "pytorch", "compile")]
     notes += [f"{name} {value:.0f} MB" for name, value in (row.get("memory_mb") or {}).items()]
     notes += [f"{name} 1 - cos {value:.1e}" for name, value in row.get("one_minus_cosine", {}).items()]
     return f"| {row['case']} | {ms['fused']:.3g} ms | {others[0]} | {others[1]} | {', '.join(notes)} |"

@@ -1,7 +1,8 @@
 """What keeps a GPU from waiting for the host: copies that nobody waits for, and inner steps replayed as graphs.
 
 An inner step and the way back through it are some fifty kernels each, of a few microseconds. Launched one by one they
-cost the host more time than the GPU; captured once as a CUDA graph, one launch replays them all on the same memory.
+cost the host more time than the GPU; captured once as a CUDA graph, one launch replays them all on the same memory, and
+those that need not wait for each other on streams beside each other.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ddpp.ops._streams import SIDES, side_streams
 
 MOST_GRAPHS = 8  # each holds the memory of a whole step
 _WARM_UP = 3  # calls before a capture: libraries choose their algorithms, and buffers are allocated
@@ -32,21 +35,28 @@ class CudaGraphs:
     """Captures calls as CUDA graphs. They must neither wait for the GPU nor look at a value there.
 
     Graphs share the memory of what lies between arguments and results, so that no two of them may run at the same time.
+
+    Args:
+        sides: streams beside the main one; without, all kernels of a graph follow each other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sides: int = SIDES) -> None:
+        self.sides = sides
+        self._streams: list[torch.cuda.Stream] = []  # for all graphs the same, since memory belongs to a stream
         self._pool: Any = None
 
     def __call__(self, call: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
         stream = torch.cuda.Stream()
+        self._streams = self._streams or [torch.cuda.Stream() for _ in range(self.sides)]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            results = call()
+        with side_streams(self._streams):
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                results = call()
         self._pool = graph.pool()
         return results, graph.replay
 

@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from streams import Race, Streams
 from test_unroll import problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +17,7 @@ from ddpp.config import DistillConfig, ModelConfig
 from ddpp.gpu import MOST_GRAPHS, Graphs, Results, send
 from ddpp.methods import Update
 from ddpp.models import flat
+from ddpp.ops._streams import SIDES, Beside, side_streams
 from ddpp.synthetic import Synthetic
 from ddpp.unroll import matching_gradients, provider
 
@@ -172,6 +175,46 @@ def test_an_inner_step_is_few_kernels() -> None:
 
     launches(1)  # what is made once
     assert launches(3) - launches(2) <= 76  # forward and back; the plain graph of all steps has several hundred
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_kernels_run_beside_each_other_without_a_race(soft: bool, bf16: bool) -> None:
+    p = problem(soft=soft)
+    step = provider(p["network"], "dual", tile=0, bf16=bf16)
+    wanted = matching_gradients(**p, step=step)
+    with Streams(SIDES) as streams, side_streams(streams.sides):
+        found = matching_gradients(**p, step=step)
+    for got, exact in zip(found, wanted, strict=True):
+        assert got is exact is None or torch.equal(got, exact)
+    convolutions = sum("convolution" in name for name in streams.beside)
+    # of both blocks the weights' gradients, here and along lambda, and forward and back by lambda's weights
+    assert convolutions == len(p["batches"]) * 2 * (1 + 3)
+
+
+@pytest.mark.parametrize("side", range(SIDES))
+def test_a_wait_that_is_missing_would_be_seen(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, wait = problem(), Beside.wait
+    step = provider(p["network"], "dual", tile=0)
+    with Streams(SIDES) as streams, side_streams(streams.sides):
+        missing = streams.sides[side]
+        monkeypatch.setattr(Beside, "wait", lambda self: None if self._stream is missing else wait(self))
+        with pytest.raises(Race, match=f"on main does not wait for .* on side {side}"):
+            matching_gradients(**p, step=step)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_memory_given_back_too_early_would_be_seen(held: bool) -> None:
+    with Streams(SIDES) as streams, side_streams(streams.sides):
+        beside, x = Beside(0), torch.ones(3)
+        result = beside(torch.neg, x)
+        if not held:
+            beside._running.clear()
+        del x
+        with nullcontext() if held else pytest.raises(Race, match=r"main takes memory that aten::neg on side 0 may"):
+            torch.ones(3)
+            beside.wait()
+            assert result.neg().tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["dual", "fused", "autograd"])

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ddpp.ops import norm_pool
 from ddpp.ops._library import define, ops, references
+from ddpp.ops._streams import Beside
 
 TILES = (0, 2, 4)
 #: What the seconds of a compiled step go into, and its bytes.
@@ -155,8 +156,10 @@ def adjoint(
 
 # ---- the meaning, in plain torch around the fused normalisation; also what runs on a GPU ----
 #
-# There a step on few images takes as long as its kernels are many: what belongs together is stacked, and results are
-# written where they are wanted.
+# There a step on few images takes as long as its kernels are many: what belongs together is stacked, results are
+# written where they are wanted, and what nothing waits for, such as the gradients of weights, runs beside the rest.
+
+_OF_WEIGHTS, _ALONG = range(2)  # side streams
 
 _ARCHITECTURE = "int pad_y, int pad_x, int depth, int filters, float eps, int m, int parts"
 
@@ -236,6 +239,23 @@ def _convolution_backward(
     return found[0], found[1]
 
 
+def _convolution_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int], of_input: bool, beside: Beside
+) -> tuple[Any, Any]:
+    """The gradients of input, if it is wanted, and of weight: that one beside what follows, or else in one call."""
+    arguments = grad, x, weight, padding
+    if not beside:
+        return _convolution_backward(*arguments, (of_input, True))
+    _, d_weight = beside(_convolution_backward, *arguments, (False, True))
+    return (_convolution_backward(*arguments, (True, False))[0] if of_input else None), d_weight
+
+
+def _linear_gradients(cotangents: Tensor, features: Tensor, by_value: Tensor, sums: _Layers) -> None:
+    """Writes those of the linear layer's weight and bias to ``sums``."""
+    torch.mm(cotangents.t(), features, out=sums.weight)
+    torch.sum(by_value, 0, out=sums.bias)
+
+
 def _softmax_backward(grad: Tensor, probabilities: Tensor, out: Tensor) -> None:
     """out = p (grad - <p, grad>). [n, K]"""
     torch.ops.aten._softmax_backward_data.out(grad, probabilities, 1, grad.dtype, grad_input=out)
@@ -307,16 +327,17 @@ def _gradient_of(
         x = out.out
     features = layers.features(x)
     d_logits = (torch.addmm(layers.bias, features, layers.weight.t()).softmax(1) - target).div_(n)
-    torch.mm(d_logits.t(), features, out=sums.weight)
-    torch.sum(d_logits, 0, out=sums.bias)
+    of_weights = Beside(_OF_WEIGHTS)
+    of_weights(_linear_gradients, d_logits, features, d_logits, sums)
     grad, d_weights = layers.planes(d_logits @ layers.weight, x), []
     for k in reversed(range(len(seen))):
         (weight, scale, shift), (x, y, statistics) = layers.blocks[k], seen.pop()
         _, d_scale, d_shift = sums.blocks[k]
         back = norm_pool.Backward(torch.empty_like(y, memory_format=torch.channels_last), d_scale, d_shift)
         norm_pool.norm_relu_pool_backward(grad, y, scale, shift, statistics, out=back)
-        grad, d_weight = _convolution_backward(back.y, x, weight, _padding(k, *pad), of=(k > 0, True))
+        grad, d_weight = _convolution_gradients(back.y, x, weight, _padding(k, *pad), k > 0, of_weights)
         d_weights.append(d_weight)
+    of_weights.wait()
     sums.write_weights(d_weights)
 
 
@@ -353,29 +374,35 @@ def _adjoint(
         faces, seen = _dual_forward(_planes(x, plane_dtype), layers, tangents, pad, eps)
         features = layers.features(faces)
         value, along = features.chunk(2)
-        logits_tangent = torch.addmm(tangents.bias, along, layers.weight.t()).addmm_(value, tangents.weight.t())
+        beside, of_weights = Beside(_ALONG), Beside(_OF_WEIGHTS)
+        logits_tangent = beside(_logits_tangent, value, along, layers, tangents)
         softmax = torch.addmm(layers.bias, value, layers.weight.t()).softmax(1)
         cotangents = target.new_empty(2 * len(x), target.shape[1])  # [2 n, K]
+        beside.wait()
         by_value, by_tangent = cotangents.chunk(2)
         _softmax_backward(logits_tangent, softmax, out=by_value)
         torch.sub(softmax, target, out=by_tangent)
         cotangents.div_(n)
-        phis.append(torch.dot(by_tangent.flatten(), logits_tangent.flatten()))
+        phis.append(of_weights(torch.dot, by_tangent.flatten(), logits_tangent.flatten()))
         for out in d_label:  # if it is wanted
             _softmax_backward(logits_tangent, target, out=out)
             out.div_(-n)
-        torch.mm(cotangents.t(), features, out=sums.weight)
-        torch.sum(by_value, 0, out=sums.bias)
+        of_weights(_linear_gradients, cotangents, features, by_value, sums)
         grads = cotangents @ layers.weight
         grads[: len(x)].addmm_(by_tangent, tangents.weight)
         grads = layers.planes(grads, faces)
-        d_x.copy_(_dual_backward(grads, layers, tangents, sums, seen, pad))
+        d_x.copy_(_dual_backward(grads, layers, tangents, sums, seen, pad, of_weights))
 
     _summed(gradient, run, images, targets, d_images, *([] if d_labels is None else [d_labels]))
     phi.copy_(phis[0] if len(phis) == 1 else torch.stack(phis).sum())
 
 
 # Dual numbers are stacked: n values, then n tangents.
+
+
+def _logits_tangent(value: Tensor, along: Tensor, layers: _Layers, tangents: _Layers) -> Tensor:
+    """From the last planes' values and tangents, as rows [n, F]. [n, K]"""
+    return torch.addmm(tangents.bias, along, layers.weight.t()).addmm_(value, tangents.weight.t())
 
 
 def _stacked(n: int, y: Tensor, height: int, width: int) -> Tensor:
@@ -388,10 +415,11 @@ def _dual_forward(
     images: Tensor, layers: _Layers, tangents: _Layers, pad: tuple[int, int], eps: float
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
     """The last pooled planes, stacked, and of each block its input, stacked, planes, their tangents and statistics."""
-    x, n, seen = images, len(images), []  # the images' tangent is 0: it is left out
+    x, n, seen, beside = images, len(images), [], Beside(_ALONG)  # the images' tangent is 0: it is left out
     for k, ((weight, scale, shift), along) in enumerate(zip(layers.blocks, tangents.blocks, strict=True)):
         padding = _padding(k, *pad)
-        both, by_tangent = F.conv2d(x, weight, padding=padding), F.conv2d(x[:n], along[0], padding=padding)
+        by_tangent, both = beside(F.conv2d, x[:n], along[0], padding=padding), F.conv2d(x, weight, padding=padding)
+        beside.wait()
         y, y_tangent = (both[:n], both[n:].add_(by_tangent)) if k else (both, by_tangent)
         pooled = _stacked(n, y, y.shape[2] // 2, y.shape[3] // 2)
         out = norm_pool.Dual(pooled[:n], pooled[n:], scale.new_empty(norm_pool.DUAL_STATISTICS, *y.shape[:2]))
@@ -408,9 +436,10 @@ def _dual_backward(
     sums: _Layers,
     seen: list[tuple[Tensor, Tensor, Tensor, Tensor]],
     pad: tuple[int, int],
+    of_weights: Beside,
 ) -> Tensor:
     """The gradient of the images from that of the last pooled planes; those of parameters are written to ``sums``."""
-    d_weights = []
+    beside, d_weights = Beside(_ALONG), []
     for k in reversed(range(len(seen))):
         (weight, scale, shift), along, (x, y, y_tangent, statistics) = layers.blocks[k], tangents.blocks[k], seen.pop()
         (_, d_scale, d_shift), n, padding = sums.blocks[k], len(y), _padding(k, *pad)
@@ -419,9 +448,11 @@ def _dual_backward(
         norm_pool.norm_relu_pool_dual_backward(
             grads[:n], grads[n:], y, y_tangent, scale, along[1], shift, statistics, out=back
         )
-        grads, d_weight = _convolution_backward(planes if k else back.y, x, weight, padding, of=(True, True))
-        through, _ = _convolution_backward(back.y_tangent, x[:n], along[0], padding, of=(True, False))
+        through, _ = beside(_convolution_backward, back.y_tangent, x[:n], along[0], padding, (True, False))
+        grads, d_weight = _convolution_gradients(planes if k else back.y, x, weight, padding, True, of_weights)
+        beside.wait()
         grads[:n].add_(through)
         d_weights.append(d_weight)
+    of_weights.wait()
     sums.write_weights(d_weights)
     return grads
