@@ -17,6 +17,10 @@ from ddpp.errors import UserError, nearest
 from ddpp.runs import Stopped
 
 Main = Callable[[Config, argparse.Namespace], None]
+_MEMORY_ADVICE = (
+    "the memory does not suffice. Take smaller batches or a smaller network; a run that had begun continues with "
+    "--resume, from its last checkpoint"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,6 +76,11 @@ def run(
     except UserError as e:
         print(f"ddpp.{stage}: error: {e}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as e:
+        if not _out_of_memory(e):
+            raise
+        print(f"ddpp.{stage}: error: {_MEMORY_ADVICE} ({str(e).splitlines()[0]})", file=sys.stderr)
+        return 2
     except Stopped as e:
         print(f"ddpp.{stage}: {e}", file=sys.stderr)
         return e.exit_code
@@ -79,6 +88,11 @@ def run(
         print(f"ddpp.{stage}: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """The CPU's allocator has no exception of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def device(config: Config) -> torch.device:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,10 +51,7 @@ def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / "results.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no results.json: it is no finished run")
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    results = runs.read_json(folder / "results.json", "it is no finished run")
     _, meta = synthetic.load(folder / "synthetic.safetensors")
     return {**results, "fingerprint": meta["fingerprint"]}
 

@@ -8,6 +8,7 @@ stages' options behind the section's name: ``--epochs`` of ``ddpp.teachers`` is 
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
@@ -183,7 +184,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    seed: int = option(0, "Seed of every random draw.", low=0)
+    seed: int = option(0, "Seed of every random draw.", low=0, high=2**63 - 1)
     device: str = option("auto", "Device to run on: auto, cpu, cuda or cuda:N.")
     threads: int | None = option(None, "CPU threads; by default as many as torch chooses.", low=1)
     use_fused_kernels: bool = option(
@@ -220,10 +221,12 @@ class Config:
         """
         config = self
         for section, table in values.items():
-            if section not in SECTIONS or not isinstance(table, dict):
+            if section not in SECTIONS:
                 raise UserError(
                     f"{source}: unknown section [{section}]{nearest(section, SECTIONS)} Known: {', '.join(SECTIONS)}"
                 )
+            if not isinstance(table, dict):
+                raise UserError(f"{source}: {section} must be a table of options under [{section}], got {table!r}")
             config = replace(config, **{section: _updated(getattr(config, section), section, table, source)})
         return config
 
@@ -244,7 +247,7 @@ def read_toml(path: str | Path) -> dict[str, dict[str, Any]]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"cannot read the configuration file {path}: {e.strerror}") from e
-    except tomllib.TOMLDecodeError as e:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not valid TOML: {e}") from e
 
 
@@ -311,7 +314,9 @@ def _checked(section: type, entry: Any, value: Any, where: str) -> Any:
         raise UserError(f"{where} must be one of {', '.join(names)}, got {value!r}{nearest(str(value), names)}")
     if scalar in (int, float):
         low, high = meta["low"], meta["high"]
-        if value != value or (low is not None and value < low) or (high is not None and value > high):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where} must be a finite number, got {value!r}")
+        if (low is not None and value < low) or (high is not None and value > high):
             raise UserError(f"{where} must be {_range(low, high)}, got {value!r}")
     return value
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
-from ddpp import config as configuration
 from ddpp.config import Config
 from ddpp.data import Dataset
 from ddpp.errors import UserError
@@ -48,11 +47,13 @@ def continual(
         a list of ``mean``, ``std`` (ddof 1) and ``networks`` by step, in percent.
 
     Raises:
-        UserError: more steps than classes, or soft labels, which spread over classes that are not there yet.
+        UserError: more steps than classes, no order, or soft labels, which spread over classes that are not there yet.
     """
     classes = len(dataset.classes)
     if not 2 <= steps <= classes:
         raise UserError(f"--steps must be between 2 and the {classes} classes, got {steps}")
+    if orders < 1:
+        raise UserError(f"--orders must be at least 1, got {orders}")
     distilled, _ = synthetic.load(folder / "synthetic.safetensors")
     if distilled.labels.is_floating_point():
         raise UserError(f"{folder} has soft labels, which speak of classes that have not come yet; distil hard ones")
@@ -175,6 +176,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     config = replace(config, evaluate=replace(config.evaluate, models=()))
     dataset = data.load(config.data)
     runs.check_same_data(folder, synthetic.load(folder / "synthetic.safetensors")[1], dataset.fingerprint)
+    runs.check_writable(folder)
     result = continual(config, dataset, folder, args.steps, args.orders, cli.device(config))
     runs.write_json(folder / "continual.json", result)
     _draw(result, folder / "continual.png")
@@ -183,7 +185,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
 
 
 def _saved(args: argparse.Namespace) -> Config:
-    return configuration.load(Path(args.folder) / "config.toml")
+    return runs.saved_config(Path(args.folder))
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from ddpp import augment, cli, data, evaluate, models, report, runs, synthetic, teachers
 from ddpp.config import SECTIONS, Config, DistillConfig
-from ddpp.config import load as load_config
 from ddpp.data import Dataset
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Memory, Method, Predictor, Problem, Selection, Update
@@ -327,6 +326,8 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     runs.write_json(folder / "results.json", results)
     report.write(folder)
     print(runs.accuracy_table(results))
+    if state.undone or state.skipped:
+        print(f"\n{report.steps_text(results['steps'])}")
     print(f"\nresult: {folder}/synthetic.safetensors, pictures and tables beside it")
 
 
@@ -340,7 +341,7 @@ def _saved(args: argparse.Namespace) -> Config | None:
         return None
     if not args.out:
         raise UserError("--resume needs --out DIR: the run folder to continue")
-    return load_config(Path(args.out) / "config.toml")
+    return runs.saved_config(Path(args.out))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

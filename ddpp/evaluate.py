@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpp import augment, cli, data, models, runs, scores, seeds, synthetic, training
-from ddpp import config as configuration
 from ddpp.config import Config, ModelConfig
 from ddpp.data import Dataset, policies
 from ddpp.errors import UserError
@@ -349,7 +348,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
 
 
 def _saved(args: argparse.Namespace) -> Config:
-    return configuration.load(Path(args.folder) / "config.toml")
+    return runs.saved_config(Path(args.folder))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from ddpp import cli, data, runs, synthetic
 from ddpp.config import Config
-from ddpp.errors import UserError
 
 COLUMNS, ROWS = 20, 10  # of the picture of the images
 
@@ -33,10 +31,7 @@ def write(folder: Path) -> None:
     Raises:
         UserError: the run has no results yet.
     """
-    path = folder / "results.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no results.json: the run is not finished; continue it with --resume")
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = runs.read_json(folder / "results.json", "the run is not finished; continue it with --resume")
     _draw_images(folder)
     _draw_curves(runs.read_log(folder / "log.jsonl"), folder / "curves.png")
     runs.write_text(folder / "report.md", _text(results))
@@ -46,16 +41,14 @@ def _draw_images(folder: Path) -> None:
     """The start above the result, one column a class."""
     tensors, meta = runs.read_tensors(folder / "synthetic.safetensors", "synthetic set")
     transform = {name.removeprefix("transform."): t for name, t in tensors.items() if name.startswith("transform.")}
-    first = synthetic.load(min((folder / "snapshots").glob("step-*.safetensors")))[0]
+    starts = sorted((folder / "snapshots").glob("step-*.safetensors"))[:1]  # none where they were cleared away
+    shown = [*(("start", synthetic.load(path)[0].images) for path in starts), ("result", tensors["images"])]
     names = meta["classes"][:COLUMNS]
-    panels = [
-        ("start", _canvas(data.to_pixels_from(transform, first.images), len(meta["classes"]))),
-        ("result", _canvas(data.to_pixels_from(transform, tensors["images"]), len(meta["classes"]))),
-    ]
+    panels = [(title, _canvas(data.to_pixels_from(transform, x), len(meta["classes"]))) for title, x in shown]
     height, width = panels[0][1].shape[:2]
-    inches = 10.0
-    figure, axes = plt.subplots(2, 1, figsize=(inches, 2 * inches * height / width + 0.8), layout="constrained")
-    for axis, (title, canvas) in zip(axes, panels, strict=True):
+    size = 10.0, len(panels) * 10.0 * height / width + 0.8  # inches
+    figure, axes = plt.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False)
+    for axis, (title, canvas) in zip(axes[:, 0], panels, strict=True):
         axis.imshow(canvas, interpolation="nearest", vmin=0, vmax=1)
         axis.set_ylabel(title)
         axis.set_yticks([])
@@ -109,8 +102,7 @@ def _text(results: dict[str, Any]) -> str:
         "",
         "![curves](curves.png)",
         "",
-        f"{steps['taken']} outer steps taken, {steps['skipped']} skipped because nothing could be matched, "
-        f"{steps['undone']} undone because a number was not finite.",
+        steps_text(steps),
         "",
         "| stage | seconds |",
         "|---|---|",
@@ -120,6 +112,14 @@ def _text(results: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def steps_text(steps: dict[str, int]) -> str:
+    """How many outer steps were taken, and what became of the others."""
+    return (
+        f"{steps['taken']} outer steps taken, {steps['skipped']} skipped because nothing could be matched or the loss "
+        f"was above --max-loss, {steps['undone']} undone because a number was not finite."
+    )
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:

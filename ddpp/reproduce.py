@@ -11,7 +11,6 @@ import argparse
 import csv
 import io
 import itertools
-import json
 import sys
 import time
 import tomllib
@@ -78,7 +77,7 @@ class Cell:
     @property
     def results(self) -> dict[str, Any] | None:
         path = self.folder / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return runs.read_json(path) if path.is_file() else None
 
 
 def reproduce(target: Table, cells: Sequence[Cell], config: Config, budget: str, given: Given) -> list[str]:

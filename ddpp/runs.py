@@ -57,6 +57,20 @@ def replacing(path: Path) -> Iterator[Path]:
             os.unlink(name)
 
 
+def check_writable(folder: Path) -> None:
+    """Makes a folder and tries to write there: to be known before long work whose result goes there.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise _unwritable(folder, e) from e
+
+
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -90,6 +104,23 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[s
     if meta is None:
         raise UserError(f"{path} is a safetensors file, but no {what} written by ddpp")
     return tensors, json.loads(meta)
+
+
+def read_json(path: Path, absent: str = "restore it from a copy") -> dict[str, Any]:
+    """The table that :func:`write_json` saved.
+
+    Raises:
+        UserError: the file is damaged or missing; ``absent`` says what that means.
+    """
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no {path.name}: {absent}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path} is damaged: {e}. Remove it, or restore it from a copy.") from e
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no table. Remove it, or restore it from a copy.")
+    return found
 
 
 class Log:
@@ -210,12 +241,9 @@ def open_folder(path: Path, config: Config, *, resume: bool) -> Path:
     if saved.is_file():
         check_same_run(path, config)
         if not resume:
-            state = (
-                "a finished run"
-                if (path / "results.json").is_file()
-                else "an unfinished run; continue it with --resume"
-            )
-            raise UserError(f"{path} holds {state}. Or choose another --out.")
+            finished = (path / "results.json").is_file()
+            advice = "a finished run. Choose" if finished else "an unfinished run. Continue it with --resume, or choose"
+            raise UserError(f"{path} holds {advice} another --out.")
         return path
     if resume:
         raise UserError(f"{path} holds no run to resume")
@@ -223,6 +251,18 @@ def open_folder(path: Path, config: Config, *, resume: bool) -> Path:
         raise UserError(f"{path} exists and is not a run folder. Choose another --out.")
     write_text(saved, config.to_toml())
     return path
+
+
+def saved_config(folder: Path) -> Config:
+    """The options of a run.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise UserError(f"{folder} is no run folder of ddpp.distill: it holds no config.toml")
+    return configuration.load(path)
 
 
 def discard(folder: Path) -> None:
@@ -238,7 +278,7 @@ def check_same_run(path: Path, config: Config, but: Collection[str] = ()) -> Non
     Raises:
         UserError: they are; the message names them.
     """
-    saved, rows = configuration.load(path / "config.toml"), []
+    saved, rows = saved_config(path), []
     for section in SECTIONS:
         old, new = getattr(saved, section), getattr(config, section)
         for name in (f"{section}.{f.name}" for f in fields(old)):

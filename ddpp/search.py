@@ -26,7 +26,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
-from ddpp import config as configuration
 from ddpp.config import Config, ModelConfig
 from ddpp.data import Dataset
 from ddpp.errors import UserError
@@ -50,10 +49,9 @@ def grid(
     Raises:
         UserError: a network that cannot be built, or fewer than three in all.
     """
-    found = [
-        replace(base, model="convnet", depth=depth, width=width, norm=norm, activation=activation, pooling=pooling)
-        for depth, width, norm, activation, pooling in itertools.product(depths, widths, norms, activations, poolings)
-    ]
+    product = itertools.product(depths, widths, norms, activations, poolings)
+    options = [{"model": "convnet", **dict(zip(_OPTIONS, values, strict=True))} for values in product]
+    found = [Config(model=base).with_values({"model": o}, "a network of the grid").model for o in options]
     if len(found) < 3:
         raise UserError(f"a ranking needs three networks or more, the grid has {len(found)}")
     for model in found:
@@ -165,7 +163,7 @@ def _begun(path: Path, candidates: Sequence[ModelConfig], settings: Any) -> list
     """What an earlier search of the same networks by the same recipe has done."""
     if not path.is_file():
         return []
-    held = json.loads(path.read_text(encoding="utf-8"))
+    held = runs.read_json(path)
     rows: list[dict[str, Any]] = held["networks"]
     same = all(row["model"] == _options(model) for row, model in zip(rows, candidates, strict=False))
     if held["protocol"] != _protocol(settings) or not same or len(rows) > len(candidates):
@@ -221,7 +219,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
 
 
 def _saved(args: argparse.Namespace) -> Config:
-    return configuration.load(Path(args.folder) / "config.toml")
+    return runs.saved_config(Path(args.folder))
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

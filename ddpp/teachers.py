@@ -39,7 +39,7 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
         The folder: ``config.teachers.folder``, or one named after data set and architecture.
 
     Raises:
-        UserError: the folder holds other teachers or foreign files, or a teacher diverged.
+        UserError: the folder holds other teachers or foreign files, cannot be written, or a teacher diverged.
         runs.Stopped: a signal asked to stop; finished teachers are kept.
     """
     folder, count = folder_of(config, dataset), config.teachers.count
@@ -50,6 +50,7 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
     seed = next((t.meta["seed"] for t in present.values()), config.run.seed)
     epochs = config.teachers.epochs
     if missing:
+        runs.check_writable(folder)
         kept = f", beside {len(present)} that are there (seed {seed})" if present else ""
         print(f"training {len(missing)} teachers for {epochs} epochs into {folder}{kept}")
     bar = tqdm(total=len(missing) * epochs, desc="teachers", unit="epoch", disable=not (progress and missing))

@@ -66,7 +66,9 @@ def test_tf32_is_off_unless_asked_for(argv: list[str], on: bool, capsys: pytest.
         (["--ipc", "0"], "--ipc: distill.ipc must be at least 1, got 0"),
         (["--ipc", "one"], "argument --ipc: invalid int value: 'one'"),
         (["--epsilon", "1.5"], "must be between 0 and 1, got 1.5"),
-        (["--lr-pixels", "nan"], "must be at least 0, got nan"),
+        (["--lr-pixels", "nan"], "must be a finite number, got nan"),
+        (["--lr-pixels", "inf"], "must be a finite number, got inf"),
+        (["--seed", str(2**63)], f"--seed: run.seed must be between 0 and {2**63 - 1}, got {2**63}"),
         (["--init", "noisy"], "must be one of real, correct, noise, got 'noisy'; did you mean 'noise'?"),
         (["--winograd", "3"], "--winograd: run.winograd must be one of 0, 2, 4, got 3"),
         (["--preset", "mtt-cifar10-ip10"], "unknown preset 'mtt-cifar10-ip10'; did you mean 'mtt-cifar10-ipc10'?"),
@@ -88,12 +90,32 @@ def test_wrong_options_are_named(argv: list[str], message: str, capsys: pytest.C
         ('[distill]\nipc = "1"\n', "distill.ipc must be of type int, got '1'"),
         ("[distill]\nipc = true\n", "distill.ipc must be of type int, got True"),
         ("[distill\n", "is not valid TOML"),
+        ("# caf\u00e9\n", "is not valid TOML: 'utf-8' codec"),
+        ("distill = 3\n", r"distill must be a table of options under \[distill\], got 3"),
     ],
 )
 def test_wrong_files_are_named(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text(text)
+    (tmp_path / "c.toml").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=message):
         config.load(tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_memory_that_does_not_suffice_is_said_in_a_line(known: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(found: Config, args: argparse.Namespace) -> None:
+        if not known:
+            raise RuntimeError("another failure")
+        torch.empty(2**60, dtype=torch.uint8)
+
+    def stage() -> int:
+        return cli.run("distill", "test", "distill", config.SECTIONS, main, [])
+
+    if known:
+        assert stage() == 2
+        assert "error: the memory does not suffice. Take smaller batches" in capsys.readouterr().err
+    else:
+        with pytest.raises(RuntimeError, match="another failure"):
+            stage()
 
 
 @pytest.mark.parametrize("name", config.preset_names())

@@ -1,6 +1,7 @@
 """The whole job at toy size: reproducible, resumable, safe against divergence, and clear about wrong input."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
@@ -160,6 +162,14 @@ def test_a_run_that_diverged_leaves_a_set_that_can_be_used(
     assert f"the result before them is in {out}/synthetic.safetensors. Lower --lr-pixels" in capsys.readouterr().err
     held, meta = synthetic.load(out / "synthetic.safetensors")
     assert meta["undone"] == 10 and bool(torch.isfinite(held.images).all())
+
+
+def test_steps_that_were_not_taken_are_told(teachers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--teachers-folder", str(teachers), "--max-loss", "1e-6", "--out", str(tmp_path / "run")]
+    assert distill.main([*TOY, *argv]) == 0
+    steps = json.loads((tmp_path / "run" / "results.json").read_text())["steps"]
+    assert steps["taken"] == 0 and steps["skipped"] > 0
+    assert f"0 outer steps taken, {steps['skipped']} skipped because" in capsys.readouterr().out
 
 
 def test_a_degenerate_step_is_skipped_and_counted(tmp_path: Path) -> None:
@@ -326,6 +336,14 @@ def test_report_is_made_from_files_alone(finished: Path, capsys: pytest.CaptureF
     assert (finished / "images.png").read_bytes() == before
     assert report.main([str(finished / "snapshots")]) == 2
     assert "not finished" in capsys.readouterr().err
+
+
+def test_a_report_needs_no_snapshots(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "snapshots")
+    assert report.main([str(tmp_path / "run")]) == 0
+    there, here = (plt.imread(folder / "images.png") for folder in (finished, tmp_path / "run"))
+    assert here.shape[1] == there.shape[1] and here.shape[0] < there.shape[0]  # the result alone
 
 
 def test_an_evaluation_that_was_cut_goes_on(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

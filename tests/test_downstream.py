@@ -119,7 +119,9 @@ def test_continual_learning_with_three_memories(finished: Path, capsys: pytest.C
     assert all(len(step["networks"]) == 2 for steps in result["accuracy"].values() for step in steps)
     assert (finished / "continual.png").stat().st_size > 1000
     assert "| dm |" in capsys.readouterr().out
-    assert continual.main([str(finished), "--steps", "11"]) == 2
+    for wrong in (["--steps", "11"], ["--orders", "0"]):
+        assert continual.main([str(finished), *wrong]) == 2
+        assert f"error: {wrong[0]} must be" in capsys.readouterr().err
 
 
 def test_only_the_classes_seen_are_learned_and_tested() -> None:
@@ -157,3 +159,5 @@ def test_a_search_ranks_and_goes_on_where_it_was_cut(
     assert "ranked by" in capsys.readouterr().out
     assert search.main([str(finished), "--depths", "9"]) == 2
     assert "depth" in capsys.readouterr().err
+    assert search.main([str(finished), "--widths", "0"]) == 2
+    assert "a network of the grid: model.width must be at least 1, got 0" in capsys.readouterr().err

@@ -59,6 +59,18 @@ def test_damaged_and_foreign_files_are_named(tmp_path: Path) -> None:
         runs.read_tensors(path, "checkpoint")
 
 
+def test_damaged_and_absent_tables_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    with pytest.raises(UserError, match=r"holds no results\.json: it is no finished run"):
+        runs.read_json(path, "it is no finished run")
+    for text in ('{"a": ', "[1]", "\x00"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"results\.json is damaged: .* Remove it, or restore it from a copy"):
+            runs.read_json(path)
+    runs.write_json(path, {"a": 1})
+    assert runs.read_json(path) == {"a": 1}
+
+
 def test_a_log_continues_at_its_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     log = runs.Log(path, 0)
@@ -93,8 +105,13 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     other = config.with_values({"distill": {"ipc": 10}}, "test")
     with pytest.raises(UserError, match=r"holds another run \(distill.ipc is 1 there and 10 here\)"):
         runs.open_folder(folder, other, resume=True)
-    with pytest.raises(UserError, match="unfinished run; continue it with --resume"):
+    with pytest.raises(UserError, match=r"unfinished run\. Continue it with --resume, or choose another --out\."):
         runs.open_folder(folder, config, resume=False)
+    (folder / "results.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a finished run\. Choose another --out\."):
+        runs.open_folder(folder, config, resume=False)
+    with pytest.raises(UserError, match=r"absent is no run folder of ddpp\.distill: it holds no config\.toml"):
+        runs.saved_config(tmp_path / "absent")
     assert runs.open_folder(folder, config, resume=True) == folder
     with pytest.raises(UserError, match="holds no run to resume"):
         runs.open_folder(tmp_path / "absent", config, resume=True)

@@ -200,6 +200,15 @@ def test_a_teacher_that_diverges_is_not_kept(tmp_path: Path, dataset: Dataset) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_training(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "_train_one", lambda *_: pytest.fail("a teacher was trained for nothing"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/teachers"):
+        teachers.train(settings(tmp_path / "file" / "teachers"), dataset, CPU)
+
+
 def test_the_folders_name_tells_data_set_and_architecture(dataset: Dataset) -> None:
     def name(**options: object) -> str:
         return str(teachers.folder_of(Config(model=ModelConfig(**options)), dataset))
