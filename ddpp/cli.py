@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from ddpp import config as configuration
-from ddpp.config import Config
+from ddpp.config import SECTIONS, Config
 from ddpp.errors import UserError, nearest
 from ddpp.runs import Stopped
 
@@ -33,8 +33,10 @@ class _Parser(argparse.ArgumentParser):
     def parse_all(self, argv: Sequence[str] | None) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            name = unknown[0].split("=")[0]
-            self.error(f"unknown argument {name}{nearest(name, self._option_string_actions)} See --help.")
+            name, known = unknown[0].split("=")[0], self._option_string_actions
+            of_a_section = [option for s in SECTIONS if (option := name.replace("--", f"--{s}-", 1)) in known]
+            meant = f"; did you mean {' or '.join(map(repr, of_a_section))}?" if of_a_section else nearest(name, known)
+            self.error(f"unknown argument {name}{meant} See --help.")
         return args
 
 

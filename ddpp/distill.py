@@ -281,7 +281,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     groups = augment.groups_for(config.augment.strategy, dataset.strategy)
     first = synthetic.start(dataset, settings.ipc, settings.init, settings.step_size, seed).to(device)
     problem = Problem(config, dataset, network, [], groups, device)
-    method = None if method_class.needs_teachers else method_class(problem)  # may refuse, before there is a folder
+    method = method_class(problem)  # may refuse, before there is a folder or a teacher
     base = Path("runs") / f"{dataset.name}-{settings.method}-ipc{settings.ipc}-seed{seed}"
     folder = runs.open_folder(Path(args.out) if args.out else runs.unused_folder(base), config, resume=args.resume)
     print(f"run folder: {folder}")
@@ -300,7 +300,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
         first = synthetic.start_from_teachers(
             first, dataset, network, trajectories, init=settings.init, labels=settings.labels, seed=seed
         )
-    method = method or method_class(replace(problem, teachers=trajectories))
+        method = method_class(replace(problem, teachers=trajectories))
     try:
         state = (
             select(settings, method, problem, folder)

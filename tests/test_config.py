@@ -63,6 +63,8 @@ def test_tf32_is_off_unless_asked_for(argv: list[str], on: bool, capsys: pytest.
     ("argv", "message"),
     [
         (["--ipcs", "3"], "unknown argument --ipcs; did you mean '--ipc'?"),
+        (["--select", "val"], "unknown argument --select; did you mean '--evaluate-select'?"),
+        (["--lr", "1"], "unknown argument --lr; did you mean '--teachers-lr' or '--evaluate-lr'?"),
         (["--ipc", "0"], "--ipc: distill.ipc must be at least 1, got 0"),
         (["--ipc", "one"], "argument --ipc: invalid int value: 'one'"),
         (["--epsilon", "1.5"], "must be between 0 and 1, got 1.5"),

@@ -196,6 +196,7 @@ def test_the_step_size_stays_positive() -> None:
         (["--strategy", "colour_crop"], "did you mean 'color'?"),
         (["--evaluate-models", "alexnt"], "unknown model 'alexnt'; did you mean 'alexnet'?"),
         (["--evaluate-select", "val", "--validation", "0"], "--select val needs a held-out part"),
+        (["--norm", "batch", "--bf16"], "--bf16 is there for a ConvNet with instance normalisation"),
         (["--device", "cuda:99"], "CUDA devices here"),
         (["--device", "meta"], "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),
         (["--device", "warp"], "--device must be auto, cpu, cuda or cuda:N, got 'warp'"),
