@@ -186,6 +186,17 @@ def _backward(
     return torch.addcmul(adjoint, found.theta, lr, value=-1), lr * d_images, found.phi, d_labels
 
 
+def _may_be_read(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for a GPU."""
+    return tensor.device.type == "cpu"
+
+
+def _within(indices: Tensor, count: int | None) -> bool:
+    """Whether all are from 0 to below a count, if there is one."""
+    least, most = indices.aminmax()
+    return bool(least >= 0) and (count is None or bool(most < count))
+
+
 def _cross_entropy(network: nn.Module, theta: Tensor, images: Tensor, labels: Tensor) -> Tensor:
     soft = labels.softmax(1) if labels.is_floating_point() else labels
     return F.cross_entropy(flat.call(network, theta, images), soft)
@@ -216,18 +227,46 @@ class _Unroll(NamedTuple):
                 raise UserError(
                     f"{name} must be flat with the network's {parameters} parameters, got {tuple(vector.shape)}"
                 )
-        if len(self.labels) != len(self.images):
-            raise UserError(f"labels must be as many as images ({len(self.images)}), got {len(self.labels)}")
-        if not self.batches:
-            raise UserError("batches must hold at least one inner step, got none")
-        if len(self.plans) != len(self.batches):
-            raise UserError(f"plans must be one an inner step ({len(self.batches)}), got {len(self.plans)}")
         dtype, device = self.start.dtype, self.start.device
         for name, tensor in (("target", self.target), ("images", self.images), ("lr", self.lr)):
             if tensor.dtype != dtype or tensor.device != device:
                 raise UserError(f"{name} must be {dtype} on {device} like start, got {tensor.dtype} on {tensor.device}")
+        if self.images.ndim != 4:
+            raise UserError(f"images must be [N, C, H, W], got {list(self.images.shape)}")
+        if self.lr.ndim or (_may_be_read(self.lr) and not self.lr > 0):
+            raise UserError(f"lr must be one positive number [], got {self.lr.tolist()}")
         if self.checkpoint_every < 1:
             raise UserError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+        self._check_labels()
+        self._check_steps()
+
+    def _check_labels(self) -> None:
+        labels, classes = self.labels, None
+        if isinstance(self.network, Network):
+            classes = self.network.classifier.out_features
+        if len(labels) != len(self.images):
+            raise UserError(f"labels must be as many as images ({len(self.images)}), got {len(labels)}")
+        soft = labels.is_floating_point()
+        fits = labels.ndim == 2 and classes in (None, labels.shape[1]) if soft else labels.ndim == 1
+        if not fits or labels.dtype not in (torch.int64, self.images.dtype):
+            raise UserError(
+                f"labels must be class indices [N] int64, or logits [N, {classes or 'K'}] {self.images.dtype}, got "
+                f"{list(labels.shape)} {labels.dtype}"
+            )
+        if not soft and _may_be_read(labels) and not _within(labels, classes):
+            raise UserError(f"labels must be from 0 to {(classes or 0) - 1}, got {labels.unique().tolist()}")
+
+    def _check_steps(self) -> None:
+        if not self.batches:
+            raise UserError("batches must hold at least one inner step, got none")
+        if len(self.plans) != len(self.batches):
+            raise UserError(f"plans must be one an inner step ({len(self.batches)}), got {len(self.plans)}")
+        for batch in self.batches:
+            if not isinstance(batch, Tensor) or batch.dtype != torch.int64 or batch.ndim != 1 or not len(batch):
+                told = f"{list(batch.shape)} {batch.dtype}" if isinstance(batch, Tensor) else repr(batch)
+                raise UserError(f"batches must be indices of images, each a tensor [n] int64, got {told}")
+        if _may_be_read(self.batches[0]) and not _within(torch.cat(list(self.batches)), len(self.images)):
+            raise UserError(f"batches must hold indices from 0 to {len(self.images) - 1} of the images")
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """What an inner step takes besides parameters: the set, the step size, its indices and its plan."""
@@ -316,10 +355,14 @@ def matching_gradients(
         of parameters kept by the mask, and the student's last parameters. kept = 0 marks a degenerate step.
 
     Raises:
-        UserError: shapes, dtypes or the engine's name do not fit.
+        UserError: shapes, dtypes or the engine's name do not fit; on the CPU also labels or indices out of range, and a
+            step size that is not positive.
     """
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}{nearest(engine, ENGINES)} Known: {', '.join(ENGINES)}")
+    for name, tensor in (("start", start), ("target", target), ("images", images), ("labels", labels), ("lr", lr)):
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{name} must be a tensor, got {type(tensor).__name__}; give torch.tensor(...)")
     step = (step or provider(network, "auto" if fused else "autograd")).on(start.device)
     drawn = [None] * len(batches) if plans is None else plans
     given = start, target, images.detach(), labels.detach(), lr.detach(), batches, drawn

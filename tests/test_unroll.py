@@ -11,7 +11,6 @@ from torch.func import functional_call
 
 from ddpp import augment, models
 from ddpp.config import ModelConfig
-from ddpp.errors import UserError
 from ddpp.models import flat
 from ddpp.ops import dsa_augment
 from ddpp.unroll import PROVIDERS, matching_gradients, provider
@@ -179,7 +178,30 @@ def test_nothing_to_match_is_marked() -> None:
         (lambda p: {"start": p["start"][:-1]}, "start must be flat with the network's"),
         (lambda p: {"target": p["target"].float()}, "target must be torch.float64"),
         (lambda p: {"labels": p["labels"][1:]}, "labels must be as many as images"),
+        (lambda p: {"labels": p["labels"].int()}, r"labels must be class indices \[N\] int64, or logits \[N, 3\]"),
+        (
+            lambda p: {"labels": torch.zeros(6, 4).double()},
+            r"logits \[N, 3\] .*, got \[6, 4\] torch.float64",
+        ),
+        (lambda p: {"labels": torch.zeros(6, 3)}, r"logits \[N, 3\] torch.float64, got \[6, 3\] torch.float32"),
+        (lambda p: {"labels": p["labels"] - 1}, r"labels must be from 0 to 2, got \[-1, 0, 1\]"),
+        (lambda p: {"labels": p["labels"] + 1}, r"labels must be from 0 to 2, got \[1, 2, 3\]"),
+        (lambda p: {"images": p["images"][0]}, r"images must be \[N, C, H, W\], got \[3, 8, 8\]"),
+        (lambda p: {"images": p["images"][:, :1]}, r"images \[4, 1, 8, 8\] and 3 classes need .* of another size"),
+        (
+            lambda p: {"images": p["images"][..., :4, :4]},
+            r"images \[4, 3, 4, 4\] and 3 classes need",
+        ),
+        (lambda p: {"lr": 0.1}, "lr must be a tensor, got float"),
+        (lambda p: {"lr": p["lr"][None]}, r"lr must be one positive number \[\], got \[0.03\]"),
+        (lambda p: {"lr": -p["lr"]}, r"lr must be one positive number \[\], got -0.03"),
+        (lambda p: {"lr": p["lr"] * torch.nan}, r"lr must be one positive number \[\], got nan"),
         (lambda p: {"batches": []}, "at least one inner step"),
+        (lambda p: {"batches": [b.tolist() for b in p["batches"]]}, r"each a tensor \[n\] int64, got \["),
+        (lambda p: {"batches": [b < 9 for b in p["batches"]]}, r"int64, got \[4\] torch.bool"),
+        (lambda p: {"batches": [b[:0] for b in p["batches"]]}, r"int64, got \[0\] torch.int64"),
+        (lambda p: {"batches": [b + 1 for b in p["batches"]]}, "batches must hold indices from 0 to 5"),
+        (lambda p: {"batches": [b - 1 for b in p["batches"]]}, "batches must hold indices from 0 to 5"),
         (lambda p: {"plans": p["plans"][1:]}, "plans must be one an inner step"),
         (lambda p: {"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
         (lambda p: {"engine": "adjont"}, "unknown engine 'adjont'; did you mean 'adjoint'"),
@@ -187,7 +209,7 @@ def test_nothing_to_match_is_marked() -> None:
 )
 def test_wrong_arguments_are_named(change: Any, message: str) -> None:
     p: dict[str, Any] = problem()
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         matching_gradients(**{**p, **change(p)})
 
 

@@ -92,6 +92,23 @@ class Architecture(NamedTuple):
         """What the operators below take of it."""
         return self.pad_y, self.pad_x, self.depth, self.filters, self.eps, self.tile
 
+    def check(self, theta: Tensor, images: Tensor, classes: int) -> None:
+        """Refuses parameters of a network for other images or classes.
+
+        Raises:
+            ValueError: they are.
+        """
+        channels, height, width = images.shape[1:]
+        height, width = height + 2 * self.pad_y - 2, width + 2 * self.pad_x - 2
+        blocks = self.filters * (9 * channels + 3) + (self.depth - 1) * self.filters * (9 * self.filters + 3)
+        features = self.filters * (height >> self.depth) * (width >> self.depth)
+        wanted = blocks + classes * (features + 1)
+        if len(theta) != wanted:
+            raise ValueError(
+                f"images {list(images.shape)} and {classes} classes need {wanted} parameters of such a network, got "
+                f"{len(theta)}; it was made for images of another size"
+            )
+
     def call(self, name: str, *inputs: Tensor, outputs: Sequence[Tensor | None]) -> None:
         """Calls one of the operators below."""
         parts = min(torch.get_num_threads(), len(inputs[-1]))
@@ -105,6 +122,7 @@ class Architecture(NamedTuple):
 
 def logits(architecture: Architecture, theta: Tensor, images: Tensor, classes: int) -> Tensor:
     """The network's outputs for parameters [P] and images [n, C, H, W]. [n, K]"""
+    architecture.check(theta, images, classes)
     result = theta.new_empty(len(images), classes)
     architecture.call("convnet_logits", theta, images, outputs=[result])
     return result
@@ -125,6 +143,7 @@ def gradient(
     Returns:
         [P]
     """
+    architecture.check(theta, images, targets.shape[1])
     result = torch.empty_like(theta)
     architecture.call("convnet_gradient", theta, images, targets, outputs=[account, result])
     return result
@@ -147,6 +166,7 @@ def adjoint(
         theta, images, targets, account: as for :func:`gradient`.
         soft: whether the derivative by the labels is wanted; otherwise it may be None.
     """
+    architecture.check(theta, images, targets.shape[1])
     of_labels = torch.empty_like(targets) if soft or architecture.compiled else None
     found = StepAdjoint(theta.new_empty(()), torch.empty_like(theta), images.new_empty(images.shape), of_labels)
     outputs = [account, found.theta, found.images, found.labels, found.phi]
