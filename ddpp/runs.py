@@ -25,6 +25,8 @@ from ddpp.config import SECTIONS, Config
 from ddpp.errors import UserError
 
 TEMPORARY = ".partial-"
+#: Options of the machine: a run may go on with others, though not to the same bytes.
+OF_THE_MACHINE = ("run.device", "run.threads", "run.cuda_graphs", "data.download")
 
 
 @contextlib.contextmanager
@@ -234,16 +236,19 @@ class Stopped(Exception):
 def open_folder(path: Path, config: Config, *, resume: bool) -> Path:
     """Makes a run folder and saves the resolved configuration, or checks that it holds this very run.
 
+    A run that goes on with other :data:`OF_THE_MACHINE` saves those.
+
     Raises:
         UserError: it holds another run, an unfinished one without ``resume``, or foreign files.
     """
     saved = path / "config.toml"
     if saved.is_file():
-        check_same_run(path, config)
+        check_same_run(path, config, OF_THE_MACHINE if resume else ())
         if not resume:
             finished = (path / "results.json").is_file()
             advice = "a finished run. Choose" if finished else "an unfinished run. Continue it with --resume, or choose"
             raise UserError(f"{path} holds {advice} another --out.")
+        write_text(saved, config.to_toml())
         return path
     if resume:
         raise UserError(f"{path} holds no run to resume")

@@ -107,6 +107,11 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
         runs.open_folder(folder, other, resume=True)
     with pytest.raises(UserError, match=r"unfinished run\. Continue it with --resume, or choose another --out\."):
         runs.open_folder(folder, config, resume=False)
+    elsewhere = config.with_values({"run": {"threads": 3, "device": "cpu"}}, "test")
+    with pytest.raises(UserError, match=r"holds another run \(run.device is 'auto' there and 'cpu' here, run.threads"):
+        runs.open_folder(folder, elsewhere, resume=False)
+    assert runs.open_folder(folder, elsewhere, resume=True) == folder and runs.saved_config(folder) == elsewhere
+    runs.open_folder(folder, config, resume=True)
     (folder / "results.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds a finished run\. Choose another --out\."):
         runs.open_folder(folder, config, resume=False)
