@@ -173,6 +173,18 @@ def test_a_cache_folder_that_cannot_be_written_is_no_obstacle(
     assert "not cached" in capsys.readouterr().out
 
 
+def test_a_long_fit_is_said_once(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocess, "ZCA_SLOW", 64)
+        preprocess.fit_zca(images, 255, "long")
+        told = capsys.readouterr().out
+        assert told.startswith("fitting the whitening of images of 64 values: minutes, once, then kept in")
+        preprocess.fit_zca(images, 255, "long")
+    preprocess.fit_zca(images, 255, "short")
+    assert capsys.readouterr().out == "" and len(list(cache.iterdir())) == 2
+
+
 def test_images_too_large_to_whiten() -> None:
     with pytest.raises(UserError, match="--zca needs images of at most 12288 values, got 49152"):
         preprocess.fit_zca(torch.zeros(1, 3, 128, 128, dtype=torch.uint8), 255, "key")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ddpp import runs
 from ddpp.errors import UserError
@@ -22,8 +23,10 @@ Transform = dict[str, Tensor]
 
 ZCA_EPSILON = 0.1  # the field's choice, added to the eigenvalues of images in [0, 1]
 ZCA_LARGEST = 3 * 64 * 64  # values of an image; the matrices of larger ones take gigabytes
+ZCA_SLOW = 2 * 3 * 32 * 32  # values from which on it takes a minute or more
 
 _CHUNK = 1024  # images
+_SILENT = 5  # seconds that need no bar
 _CONSTANT = 1e-9  # a channel that deviates less differs by rounding alone
 
 
@@ -48,8 +51,11 @@ def to_pixels_from(transform: Transform, images: Tensor) -> Tensor:
 def apply(transform: Transform, images: Tensor, white: int) -> Tensor:
     """:func:`from_pixels` of whole numbers, of which ``white`` stands for 1. [N, C, H, W] float32"""
     out = torch.empty(images.shape)
-    for part, pixels in zip(out.split(_CHUNK), _chunks(images, white, torch.float32), strict=True):
-        part.copy_(from_pixels(transform, pixels))
+    parts = zip(out.split(_CHUNK), _chunks(images, white, torch.float32), strict=True)
+    with tqdm(total=len(images), desc="preprocess", unit="image", delay=_SILENT) as progress:
+        for part, pixels in parts:
+            part.copy_(from_pixels(transform, pixels))
+            progress.update(len(part))
     return out
 
 
@@ -77,6 +83,8 @@ def fit_zca(images: Tensor, white: int, key: str) -> Transform:
     try:
         return runs.read_tensors(path, "cached whitening")[0]
     except UserError:
+        if size >= ZCA_SLOW:
+            print(f"fitting the whitening of images of {size} values: minutes, once, then kept in {path}", flush=True)
         transform = _fit_zca(images, white)
     try:
         runs.write_tensors(path, transform, {})
