@@ -254,7 +254,8 @@ class _Unroll(NamedTuple):
                 f"{list(labels.shape)} {labels.dtype}"
             )
         if not soft and _may_be_read(labels) and not _within(labels, classes):
-            raise UserError(f"labels must be from 0 to {(classes or 0) - 1}, got {labels.unique().tolist()}")
+            allowed = f"from 0 to {classes - 1}" if classes else "0 or more"
+            raise UserError(f"labels must be {allowed}, got {labels.unique().tolist()}")
 
     def _check_steps(self) -> None:
         if not self.batches:

@@ -185,6 +185,10 @@ def test_nothing_to_match_is_marked() -> None:
         ),
         (lambda p: {"labels": torch.zeros(6, 3)}, r"logits \[N, 3\] torch.float64, got \[6, 3\] torch.float32"),
         (lambda p: {"labels": p["labels"] - 1}, r"labels must be from 0 to 2, got \[-1, 0, 1\]"),
+        (
+            lambda p: {"labels": p["labels"] - 1, "network": torch.nn.Sequential(*p["network"].children())},
+            r"labels must be 0 or more, got \[-1, 0, 1\]",
+        ),
         (lambda p: {"labels": p["labels"] + 1}, r"labels must be from 0 to 2, got \[1, 2, 3\]"),
         (lambda p: {"images": p["images"][0]}, r"images must be \[N, C, H, W\], got \[3, 8, 8\]"),
         (lambda p: {"images": p["images"][:, :1]}, r"images \[4, 1, 8, 8\] and 3 classes need .* of another size"),
