@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
 from ddpp.config import Config
@@ -61,15 +60,15 @@ def continual(
     memories = {config.distill.method: [distilled] * orders, **_real(config, dataset, groups, orders, device)}
     ends = [classes * (k + 1) // steps for k in range(steps)]
     accuracy: dict[str, list[list[float]]] = {name: [[] for _ in ends] for name in memories}
-    with tqdm(total=len(memories) * orders * steps, desc="continual", unit="network") as progress:
+    images = len(memories) * orders * sum(ends) * config.distill.ipc * config.evaluate.epochs
+    with training.images_bar("continual", images) as bar:
         for n in range(orders):
             order = torch.randperm(classes, generator=seeds.generator(config.run.seed, "class order", n))
             for name, held in memories.items():
                 recipe = _recipe(config, float(distilled.step_size))
                 for step, end in enumerate(ends):
-                    found = _network(config, dataset, held[n], order[:end], recipe, groups, device, n)
+                    found = _network(config, dataset, held[n], order[:end], recipe, groups, device, n, bar.update)
                     accuracy[name][step].append(found)
-                    progress.update()
     return {
         "classes": ends,
         "orders": orders,
@@ -106,6 +105,7 @@ def _network(
     groups: tuple[str, ...],
     device: torch.device,
     number: int,
+    on_step: Callable[[int], object],
 ) -> float:
     """Accuracy of one network that was trained on the memory of the classes seen, over those classes."""
     seed = seeds.derive(config.run.seed, "continual network", number, len(seen))
@@ -122,6 +122,7 @@ def _network(
         mode=config.augment.mode,
         fused=config.run.use_fused_kernels,
         tile=config.run.winograd,
+        on_step=on_step,
     )
     images, labels = _of_classes(dataset.test_images, dataset.test_labels, seen)
     return training.accuracy(

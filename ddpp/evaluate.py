@@ -98,6 +98,7 @@ class Evaluation:
             fused=self.config.run.use_fused_kernels,
             tile=self.config.run.winograd,
             device=self.device,
+            on_step=self._advance,
         )
         held_out = None
         if len(self.dataset.val_labels):
@@ -111,12 +112,19 @@ class Evaluation:
         for part, tested in zip(parts, training.side_by_side(calls, self.device), strict=True):
             self.ledger.add(part, tested)
             found.append(tested)
-            self.progress.update()
         return found
 
     def _kept_or_trained(self, part: str, job: tuple[Any, ...]) -> Scores:
         kept = self.ledger.get(part)
-        return self.network(*job) if kept is None else Scores(*kept)
+        if kept is None:
+            return self.network(*job)
+        _, images, _, recipe, *_ = job
+        self._advance(recipe.epochs * len(images))
+        return Scores(*kept)
+
+    def _advance(self, images: int) -> None:
+        with self.progress.get_lock():  # networks train in threads
+            self.progress.update(images)
 
     def _part(self, model: str, images: Tensor, labels: Tensor, recipe: Recipe, *key: str | int) -> str:
         """Names a network by all that it depends on beside the configuration."""
@@ -145,7 +153,7 @@ class Evaluation:
         for recipe, _ in ranked[1:]:
             if best.finite:
                 return best
-            self.progress.total += 2 * self.config.evaluate.networks
+            self.progress.total += 2 * self.config.evaluate.networks * recipe.epochs * len(images)
             other = self._at(model, trained_on, recipe)
             best = other if other.finite else best
         return best
@@ -235,11 +243,10 @@ def compare(
     settings = config.evaluate
     candidates = _candidates(folder, settings.select)
     names = settings.models or (config.model.model,)
-    sets = len(candidates) + 1 + bool(settings.full_epochs) + 2 * (settings.search_lr + len(settings.augmentations))
-    trained = len(names) * (settings.networks * sets + settings.search_lr * len(RATES))
     about = {"config": asdict(config), "data": dataset.fingerprint, "threads": torch.get_num_threads()}
     ledger = runs.Ledger(folder / "evaluated.jsonl", about)
-    with tqdm(total=trained, desc="evaluate", unit="network") as progress:
+    images = len(names) * _images_trained_on(config, dataset, candidates)
+    with training.images_bar("evaluate", images) as progress:
         evaluation = Evaluation(config, dataset, groups, device, progress, ledger)
         tables = {model: _table(evaluation, model, candidates) for model in names}
     ledger.close()
@@ -250,6 +257,16 @@ def compare(
     if settings.augmentations:
         results["robustness"] = {model: robustness(table, settings.augmentations) for model, table in tables.items()}
     return results
+
+
+def _images_trained_on(config: Config, dataset: Dataset, candidates: list[tuple[int, Synthetic]]) -> int:
+    """By all networks of one architecture, unless a searched rate is searched again."""
+    settings = config.evaluate
+    kinds = 1 if config.distill.method == "random" else 2
+    sets = len(candidates) + 1 + 2 * settings.search_lr + kinds * len(settings.augmentations)
+    few = settings.epochs * len(candidates[-1][1].images)
+    tried = settings.search_lr * len(RATES) * few
+    return settings.networks * (sets * few + settings.full_epochs * len(dataset.train_labels)) + tried
 
 
 def _table(evaluation: Evaluation, model: str, candidates: list[tuple[int, Synthetic]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
 from ddpp.config import Config, ModelConfig
@@ -82,15 +81,15 @@ def search(
     }
     path = folder / "search.json"
     done = _begun(path, candidates, settings)
-    left = len(candidates) - len(done)
-    with runs.Interruption() as interruption, tqdm(total=left, desc="search", unit="network") as progress:
+    of_each = sum(recipe.epochs * len(labels) for _, labels, recipe in sets.values())
+    bar = training.images_bar("search", len(candidates) * of_each, done=len(done) * of_each)
+    with runs.Interruption() as interruption, bar:
         for model in candidates[len(done) :]:
             row: dict[str, Any] = {"model": _options(model)}
             for proxy, (images, labels, recipe) in sets.items():
-                row[proxy] = _trained(config, dataset, model, images, labels, recipe, device)
+                row[proxy] = _trained(config, dataset, model, images, labels, recipe, device, bar.update)
             done.append(row)
             runs.write_json(path, {"protocol": _protocol(settings), "networks": done})
-            progress.update()
             if interruption.signal is not None:
                 raise runs.Stopped(f"stopped after {len(done)} of {len(candidates)} networks", interruption.signal)
     result = {"protocol": _protocol(settings), "networks": done, **_summary(done)}
@@ -120,6 +119,7 @@ def _trained(
     labels: Tensor,
     recipe: Recipe,
     device: torch.device,
+    on_step: Callable[[int], object],
 ) -> dict[str, float]:
     """Test accuracy of one network and the seconds of its training."""
     seed = seeds.derive(config.run.seed, "search network", json.dumps(_options(model)))
@@ -136,6 +136,7 @@ def _trained(
         mode=config.augment.mode,
         fused=config.run.use_fused_kernels,
         tile=config.run.winograd,
+        on_step=on_step,
     )
     seconds = time.perf_counter() - began
     found = training.accuracy(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,15 @@ from ddpp.config import Config
 from ddpp.data import Dataset
 from ddpp.errors import UserError
 from ddpp.models import flat
-from ddpp.training import Recipe
-from ddpp.trajectories import Trajectory
+from ddpp.training import Recipe, Standing
+from ddpp.trajectories import Begun, Trajectory
 
+_BUFFER, _VELOCITY = "buffer.", "velocity"
 _SAMPLE = 5_000  # training images that stand for all of them where none are held out
 
 
 def train(config: Config, dataset: Dataset, device: torch.device, *, progress: bool = True) -> Path:
-    """Trains the teachers that the folder lacks; those that are there stay.
+    """Trains the teachers that the folder lacks; those that are there stay, and one that was cut goes on.
 
     A teacher depends only on its seed and index, so that an interrupted stage ends with the bytes of an
     uninterrupted one. A folder keeps the seed that it was begun with.
@@ -40,7 +41,7 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
 
     Raises:
         UserError: the folder holds other teachers or foreign files, cannot be written, or a teacher diverged.
-        runs.Stopped: a signal asked to stop; finished teachers are kept.
+        runs.Stopped: a signal asked to stop; finished teachers and epochs are kept.
     """
     folder, count = folder_of(config, dataset), config.teachers.count
     description = _describe(config, dataset)
@@ -53,13 +54,16 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
         runs.check_writable(folder)
         kept = f", beside {len(present)} that are there (seed {seed})" if present else ""
         print(f"training {len(missing)} teachers for {epochs} epochs into {folder}{kept}")
-    bar = tqdm(total=len(missing) * epochs, desc="teachers", unit="epoch", disable=not (progress and missing))
+    images = epochs * len(dataset.train_labels)  # of a teacher
+    bar = training.images_bar("teachers", len(missing) * images, shown=progress and bool(missing))
     with runs.Interruption() as interruption, bar:
         for index in missing:
-            stop = partial(_stop_if_asked, interruption, index, folder)
-            snapshots, accuracy, layout = _train_one(config, dataset, device, seed, index, stop, bar.update)
-            meta = {**description, "layout": layout, "seed": seed, "index": index}
-            trajectories.write(folder / trajectories.file_name(index), snapshots, accuracy, meta)
+            path, meta = folder / trajectories.file_name(index), {**description, "seed": seed, "index": index}
+            bar.set_postfix_str(path.stem)
+            begun = Begun(folder, index, meta)
+            layout = _train_one(config, dataset, device, begun, partial(_advance, bar, interruption, begun))
+            trajectories.write(path, begun.snapshots, begun.accuracy, {**meta, "layout": layout})
+            begun.discard()
     if interruption.signal is not None:
         raise runs.Stopped(f"stopped; all teachers are finished and kept in {folder}", interruption.signal)
     return folder
@@ -132,42 +136,38 @@ def _recipe_by_name(config: Config) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if flat_minima or not name.startswith("sharpness")}
 
 
-def _stop_if_asked(interruption: runs.Interruption, index: int, folder: Path) -> None:
+def _advance(bar: tqdm[NoReturn], interruption: runs.Interruption, begun: Begun, images: int) -> None:
+    """After an update: tells how far it is, and stops where that was asked."""
+    bar.update(images)
     if interruption.signal is not None:
-        text = f"stopped; teacher {index} in training is lost, the finished ones before it are kept in {folder}"
+        begun.keep()
+        text = (
+            f"stopped; teacher {begun.meta['index']} goes on after epoch {begun.epochs} when asked for again, and "
+            f"finished ones are kept in {begun.folder.parent}"
+        )
         raise runs.Stopped(text, interruption.signal)
 
 
 def _train_one(
-    config: Config,
-    dataset: Dataset,
-    device: torch.device,
-    seed: int,
-    index: int,
-    on_step: Callable[[], None],
-    on_epoch: Callable[[], object],
-) -> tuple[list[Tensor], list[float], flat.Layout]:
-    """One teacher: its E + 1 snapshots, their accuracies, and the layout of the parameters."""
-    key = seed, "teacher", index
+    config: Config, dataset: Dataset, device: torch.device, begun: Begun, on_step: Callable[[int], None]
+) -> flat.Layout:
+    """Adds to a teacher's snapshots those that are missing of E + 1. Returns the layout of the parameters."""
+    key = begun.meta["seed"], "teacher", begun.meta["index"]
     model = models.build(config.model, dataset.shape, len(dataset.classes), seed=seeds.derive(*key, "network"))
     model.to(device)
-    images, labels = (t.to(device) for t in _tested(dataset, seed))  # once, and not at each epoch
-    snapshots: list[Tensor] = []
-    accuracy: list[float] = []
+    images, labels = (t.to(device) for t in _tested(dataset, key[0]))  # once, and not at each epoch
+    fused, tile = config.run.use_fused_kernels, config.run.winograd
 
-    def keep() -> None:
-        snapshots.append(flat.flatten(model).cpu())
-        accuracy.append(
-            training.accuracy(
-                model, images, labels, device=device, fused=config.run.use_fused_kernels, tile=config.run.winograd
-            )
-        )
+    def keep(standing: Standing) -> None:
+        found = training.accuracy(model, images, labels, device=device, fused=fused, tile=tile)
+        begun.add(flat.flatten(model).cpu(), found, _state(model, standing))
 
-    def end_epoch() -> None:
-        keep()
-        on_epoch()
-
-    keep()
+    if begun.snapshots:
+        start = _go_on(model, begun)
+        on_step(start.epochs * len(dataset.train_labels))
+    else:
+        start = training.BEGINNING
+        keep(start)
     finite = training.fit(
         model,
         dataset.train_images,
@@ -177,14 +177,30 @@ def _train_one(
         device=device,
         groups=_groups(config, dataset),
         mode=config.augment.mode,
-        fused=config.run.use_fused_kernels,
-        tile=config.run.winograd,
+        fused=fused,
+        tile=tile,
+        start=start,
         on_step=on_step,
-        on_epoch=end_epoch,
+        on_epoch=keep,
     )
     if not finite:
-        raise UserError(f"teacher {index} diverged: its parameters are not finite. Lower the teachers' lr.")
-    return snapshots, accuracy, flat.layout(model)
+        begun.discard()
+        raise UserError(f"teacher {key[-1]} diverged: its parameters are not finite. Lower the teachers' lr.")
+    return flat.layout(model)
+
+
+def _state(model: nn.Module, standing: Standing) -> dict[str, Tensor]:
+    """What training goes on from beside the parameters: the network's buffers, and the velocity if there is one."""
+    buffers = {_BUFFER + name: value.cpu().clone() for name, value in model.named_buffers()}
+    return buffers if standing.velocity is None else {**buffers, _VELOCITY: standing.velocity.cpu()}
+
+
+def _go_on(model: nn.Module, begun: Begun) -> Standing:
+    """Brings a network to where its teacher was cut."""
+    flat.load_flat_(model, begun.snapshots[-1])
+    for name, value in model.named_buffers():
+        value.copy_(begun.state[_BUFFER + name])
+    return Standing(begun.epochs, begun.state.get(_VELOCITY))
 
 
 def _tested(dataset: Dataset, seed: int) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ddpp import augment, seeds
 from ddpp.dual import ConvNetStep
@@ -46,6 +47,20 @@ class Recipe:
     sharpness_radius: float = 0.0
     sharpness_weight: float = 0.0
 
+    def rate(self, epoch: int) -> float:
+        """The learning rate in an epoch, counted from 0."""
+        return self.lr * (0.1 if self.decay and epoch >= self.epochs // 2 + 2 else 1)
+
+
+class Standing(NamedTuple):
+    """Where a training stands after an epoch: beside the network, all that it goes on from."""
+
+    epochs: int = 0  # that are done
+    velocity: Tensor | None = None  # of SGD with momentum, after the first step. [P]
+
+
+BEGINNING = Standing()
+
 
 def fit(
     model: nn.Module,
@@ -59,8 +74,9 @@ def fit(
     mode: str = "one",
     fused: bool = True,
     tile: int = 2,
-    on_step: Callable[[], None] | None = None,
-    on_epoch: Callable[[], None] | None = None,
+    start: Standing = BEGINNING,
+    on_step: Callable[[int], object] | None = None,
+    on_epoch: Callable[[Standing], None] | None = None,
 ) -> bool:
     """Trains a network in place. Every draw depends on ``seed`` alone.
 
@@ -74,7 +90,8 @@ def fit(
         fused: compiled kernels for the augmentation and for the gradient of a ConvNet that :mod:`ddpp.dual` suits,
             whose parameters become views of one flat vector; False is pure PyTorch.
         tile: side of that ConvNet's Winograd tiles on the CPU: 2, 4 (faster, less exact) or 0, none.
-        on_step: called after each update.
+        start: where an earlier training of this network stood; the rest of it gives the same bytes as the whole.
+        on_step: called after each update with the number of its images.
         on_epoch: called after each epoch.
 
     Returns:
@@ -88,10 +105,10 @@ def fit(
     model.to(device).train()
     images, labels = images.to(device), labels.to(device)
     gradients = _gradients(model, device, fused, tile)
-    optimizer = _sgd(gradients.parameters, recipe, recipe.lr)
-    for epoch, batches in enumerate(_epochs(images.shape, recipe, seed, device, groups, mode)):
-        if recipe.decay and epoch == recipe.epochs // 2 + 2:
-            optimizer = _sgd(gradients.parameters, recipe, recipe.lr * 0.1)
+    optimizer = _sgd(gradients.parameters, recipe, start)
+    for epoch, batches in _epochs(images.shape, recipe, seed, device, groups, mode, start.epochs):
+        if recipe.rate(epoch) != recipe.rate(epoch - 1):
+            optimizer = _sgd(gradients.parameters, recipe, Standing(epoch))
         for chosen, plan in batches:
             batch = images[chosen] if plan is None else dsa_augment(images[chosen], plan, fused=fused)
             gradients.set(batch, labels[chosen])
@@ -99,10 +116,15 @@ def fit(
                 _flatten_gradient(gradients, batch, labels[chosen], recipe)
             optimizer.step()
             if on_step:
-                on_step()
+                on_step(len(chosen))
         if on_epoch:
-            on_epoch()
+            on_epoch(Standing(epoch + 1, _velocity(optimizer, gradients.parameters)))
     return bool(torch.stack([torch.isfinite(p).all() for p in gradients.parameters]).all())
+
+
+def images_bar(what: str, total: int, *, done: int = 0, shown: bool = True) -> tqdm[NoReturn]:
+    """A bar of the images that networks are trained on, so that time left is told long before the first is trained."""
+    return tqdm(total=total, initial=done, desc=what, unit=" images", unit_scale=True, disable=not shown)
 
 
 def side_by_side(calls: Sequence[Callable[[], Result]], device: torch.device) -> Iterator[Result]:
@@ -215,8 +237,21 @@ def accuracy(
     return 100 * int(right) / len(labels)
 
 
-def _sgd(parameters: list[nn.Parameter], recipe: Recipe, lr: float) -> torch.optim.SGD:
-    return torch.optim.SGD(parameters, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
+def _sgd(parameters: list[nn.Parameter], recipe: Recipe, start: Standing) -> torch.optim.SGD:
+    momentum, weight_decay = recipe.momentum, recipe.weight_decay
+    found = torch.optim.SGD(
+        parameters, recipe.rate(start.epochs), momentum=momentum, weight_decay=weight_decay, fused=True
+    )
+    if start.velocity is not None:
+        parts = start.velocity.split([p.numel() for p in parameters])
+        for p, part in zip(parameters, parts, strict=True):
+            found.state[p]["momentum_buffer"] = part.view_as(p).to(p, copy=True)
+    return found
+
+
+def _velocity(optimizer: torch.optim.SGD, parameters: list[nn.Parameter]) -> Tensor | None:
+    parts = [optimizer.state[p].get("momentum_buffer") for p in parameters]
+    return None if parts[0] is None else torch.cat([part.flatten() for part in parts])
 
 
 def _epochs(
@@ -226,8 +261,9 @@ def _epochs(
     device: torch.device,
     groups: Collection[str],
     mode: str,
-) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
-    """For each epoch its batches: the chosen images and their augmentation plan.
+    start: int,
+) -> Iterator[tuple[int, list[tuple[Tensor, Tensor | None]]]]:
+    """Each epoch from ``start`` on with its batches: the chosen images and their augmentation plan.
 
     Draws are made on the CPU for many steps at once: a synthetic set of one batch would otherwise wait for
     the device in each epoch.
@@ -235,7 +271,7 @@ def _epochs(
     count, _, height, width = shape
     steps = -(-count // recipe.batch)
     together = max(1, _STEPS_DRAWN_AT_ONCE // steps)  # epochs
-    for first in range(0, recipe.epochs, together):
+    for first in range(start - start % together, recipe.epochs, together):
         epochs = min(together, recipe.epochs - first)
         draw = seeds.generator(seed, "epochs", first)
         orders = torch.stack([torch.randperm(count, generator=draw) for _ in range(epochs)]).to(device)
@@ -243,8 +279,6 @@ def _epochs(
         if groups:
             size = epochs * steps, min(recipe.batch, count), height, width
             plans = list(augment.draw(*size, groups=groups, mode=mode, generator=draw).to(device))
-        for epoch, order in enumerate(orders):
-            yield [
-                (chosen, plan if plan is None else plan[: len(chosen)])
-                for chosen, plan in zip(order.split(recipe.batch), plans[epoch * steps :], strict=False)
-            ]
+        for epoch in range(max(start - first, 0), epochs):
+            batches = zip(orders[epoch].split(recipe.batch), plans[epoch * steps :], strict=False)
+            yield first + epoch, [(chosen, plan if plan is None else plan[: len(chosen)]) for chosen, plan in batches]

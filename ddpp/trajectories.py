@@ -1,6 +1,7 @@
 """The teachers' files: one safetensors file a trajectory, whole or absent, read two rows at a time.
 
-A file holds ``snapshots`` [E + 1, P], the flat parameters before the first epoch and after each one,
+What a teacher in training has reached stands in a hidden folder beside them, from which it goes on if it is cut. A file
+holds ``snapshots`` [E + 1, P], the flat parameters before the first epoch and after each one,
 ``accuracy`` [E + 1] in percent, and as metadata what the teacher was: layout, model, data set, recipe,
 augmentation, seed and index.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,9 @@ from ddpp.models.flat import Layout
 
 FORMAT = 1
 KIND = "trajectory"
+
+_KEPT_EVERY = 60  # seconds
+_STATE = "state."
 
 _NAME = re.compile(r"teacher-(\d+)\.safetensors")
 
@@ -136,6 +142,78 @@ def write(path: Path, snapshots: Sequence[Tensor], accuracy: Sequence[float], me
             file.write(vector.numpy().astype("<f4", copy=False).data)
 
 
+class Begun:
+    """A teacher in training: its rows so far, kept so that one that was cut goes on with the last that was kept.
+
+    Rows are kept a minute after the last ones, or on :meth:`keep`, each time as a file of those that are new.
+
+    Args:
+        folder: of the teachers.
+        index: the teacher's.
+        meta: all that its bytes depend on; rows that another teacher left are not taken.
+
+    Attributes:
+        snapshots: float32 vectors on the CPU. [P] each
+        accuracy: one for each, in percent.
+        state: what training goes on from beside the last snapshot.
+    """
+
+    def __init__(self, folder: Path, index: int, meta: dict[str, Any]) -> None:
+        self.folder, self.meta = folder / f".{Path(file_name(index)).stem}", json.loads(json.dumps(meta))
+        self.snapshots: list[Tensor] = []
+        self.accuracy: list[float] = []
+        self.state: dict[str, Tensor] = {}
+        for path in sorted(self.folder.glob("rows-*.safetensors")):
+            self._take(path)
+        self._kept, self._when = len(self.snapshots), time.monotonic()
+
+    @property
+    def epochs(self) -> int:
+        """That are done; -1 before the first row."""
+        return len(self.snapshots) - 1
+
+    def add(self, snapshot: Tensor, accuracy: float, state: dict[str, Tensor]) -> None:
+        """Adds a row.
+
+        Raises:
+            UserError: rows cannot be written.
+        """
+        self.snapshots.append(snapshot)
+        self.accuracy.append(accuracy)
+        self.state = state
+        if time.monotonic() - self._when >= _KEPT_EVERY:
+            self.keep()
+
+    def keep(self) -> None:
+        """Writes the rows that are new."""
+        if self._kept < len(self.snapshots):
+            new = {"snapshots": torch.stack(self.snapshots[self._kept :])}
+            new["accuracy"] = torch.tensor(self.accuracy[self._kept :], dtype=torch.float64)
+            state = {_STATE + name: value for name, value in self.state.items()}
+            runs.write_tensors(self._path(self._kept), new | state, {**self.meta, "first": self._kept})
+        self._kept, self._when = len(self.snapshots), time.monotonic()
+
+    def discard(self) -> None:
+        """Removes what was kept."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, first: int) -> Path:
+        return self.folder / f"rows-{first:06d}.safetensors"
+
+    def _take(self, path: Path) -> None:
+        """Adds a file's rows, or removes the file where it is damaged, foreign, or what it follows is missing."""
+        try:
+            tensors, found = runs.read_tensors(path, "teacher in training")
+        except UserError:
+            found = {}
+        if found != {**self.meta, "first": len(self.snapshots)}:
+            path.unlink()
+            return
+        self.snapshots += tensors.pop("snapshots").unbind()
+        self.accuracy += tensors.pop("accuracy").tolist()
+        self.state = {name.removeprefix(_STATE): value for name, value in tensors.items()}
+
+
 def file_name(index: int) -> str:
     return f"teacher-{index:03d}.safetensors"
 
@@ -162,6 +240,8 @@ def open_folder(folder: Path, expected: dict[str, dict[str, Any]], count: int | 
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed run had begun to write."""
+    """Removes what a killed run had begun to write, and the rows of teachers that are finished."""
     for path in folder.glob(f"{runs.TEMPORARY}*"):
         path.unlink(missing_ok=True)
+    for path in folder.glob("teacher-*.safetensors"):
+        shutil.rmtree(folder / f".{path.stem}", ignore_errors=True)

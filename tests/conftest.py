@@ -14,10 +14,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ddpp import training
 from ddpp.ops import _library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +103,20 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The bars of images that stages show from now on."""
+    shown: list[Any] = []
+    plain = training.images_bar
+
+    def noted(*args: Any, **options: Any) -> Any:
+        shown.append(plain(*args, **options))
+        return shown[-1]
+
+    monkeypatch.setattr(training, "images_bar", noted)
+    return shown
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -261,6 +261,17 @@ def test_networks_side_by_side_are_those_one_after_the_other(finished: Path) -> 
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_the_bar_of_an_evaluation_reaches_its_end(threads: str, finished: Path, bars: list[Any]) -> None:
+    argv = [str(finished), "--networks", "2", "--epochs", "2", "--full-epochs", "1", "--threads", threads]
+    several = ["--models", "convnet", "alexnet", "--select", "all", "--augmentations", "none", "dsa"]
+    for more in ([], ["--search-lr"], several):
+        assert evaluate.main([*argv, *more]) == 0
+    assert [bar.n for bar in bars] == [bar.total for bar in bars]
+    assert bars[0].total == 2 * (2 * 2 * 10 + 1295)  # networks; distilled and random images, and all
+
+
 def test_a_width_may_stand_behind_convnet(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(finished), "--networks", "1", "--epochs", "1", "--full-epochs", "0", "--models"]
     assert evaluate.main([*argv, "convnet", "convnet:16"]) == 0
@@ -291,7 +302,9 @@ def test_networks_that_diverged_are_counted(finished: Path, capsys: pytest.Captu
     assert "(2 diverged)" in capsys.readouterr().out
 
 
-def test_a_searched_rate_is_one_at_which_no_network_diverges(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_searched_rate_is_one_at_which_no_network_diverges(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, bars: list[Any]
+) -> None:
     argv = [str(finished), "--networks", "2", "--epochs", "2", "--full-epochs", "0", "--search-lr", "--threads", "1"]
 
     def searched() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -313,6 +326,7 @@ def test_a_searched_rate_is_one_at_which_no_network_diverges(finished: Path, mon
     monkeypatch.setattr(evaluate.training, "fit", lambda *args, **options: fit(*args, **options) and False)
     distilled, random = searched()
     assert distilled["diverged"] == random["diverged"] == 2
+    assert [bar.n for bar in bars] == [bar.total for bar in bars]
 
 
 def test_augmentations_stand_side_by_side(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -347,7 +361,7 @@ def test_a_report_needs_no_snapshots(finished: Path, tmp_path: Path) -> None:
     assert here.shape[1] == there.shape[1] and here.shape[0] < there.shape[0]  # the result alone
 
 
-def test_an_evaluation_that_was_cut_goes_on(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_was_cut_goes_on(finished: Path, monkeypatch: pytest.MonkeyPatch, bars: list[Any]) -> None:
     """Networks that are done are not trained again, and the figures are those of an evaluation that was not cut."""
     argv = [str(finished), "--models", "convnet", "alexnet", "--networks", "2", "--epochs", "2", "--full-epochs", "1"]
     argv += ["--augmentations", "none", "dsa", "--threads", "1"]
@@ -374,7 +388,7 @@ def test_an_evaluation_that_was_cut_goes_on(finished: Path, monkeypatch: pytest.
     assert evaluated(most=10_000)
     whole, needed = figures(), trained
     assert not evaluated(most=9) and (finished / "evaluated.jsonl").exists()
-    assert evaluated(most=10_000) and trained == needed - 9
+    assert evaluated(most=10_000) and trained == needed - 9 and bars[-1].n == bars[-1].total
     assert figures() == whole and not (finished / "evaluated.jsonl").exists()
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,9 @@ def test_runs_of_different_data_are_refused(finished: Path, tmp_path: Path, caps
     assert "distilled from other data than its data set holds now" in capsys.readouterr().err
 
 
-def test_continual_learning_with_three_memories(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_continual_learning_with_three_memories(
+    finished: Path, capsys: pytest.CaptureFixture[str], bars: list[Any]
+) -> None:
     argv = [str(finished), "--steps", "3", "--orders", "2", "--epochs", "3"]
     assert continual.main(argv) == 0
     result = json.loads((finished / "continual.json").read_text())
@@ -119,6 +122,7 @@ def test_continual_learning_with_three_memories(finished: Path, capsys: pytest.C
     assert all(len(step["networks"]) == 2 for steps in result["accuracy"].values() for step in steps)
     assert (finished / "continual.png").stat().st_size > 1000
     assert "| dm |" in capsys.readouterr().out
+    assert [bar.n for bar in bars] == [bar.total for bar in bars]
     for wrong in (["--steps", "11"], ["--orders", "0"]):
         assert continual.main([str(finished), *wrong]) == 2
         assert f"error: {wrong[0]} must be" in capsys.readouterr().err
@@ -138,7 +142,7 @@ def test_rank_correlation() -> None:
 
 
 def test_a_search_ranks_and_goes_on_where_it_was_cut(
-    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], bars: list[Any]
 ) -> None:
     argv = [str(finished), "--widths", "4", "8", "--norm", "instance", "none", "--activation", "relu"]
     argv += ["--pooling", "avg", "--depths", "2", "--epochs", "2", "--full-epochs", "1"]
@@ -157,6 +161,7 @@ def test_a_search_ranks_and_goes_on_where_it_was_cut(
         row["full"]["accuracy"] for row in result["networks"]
     ]
     assert "ranked by" in capsys.readouterr().out
+    assert [bar.n for bar in bars] == [bar.total for bar in bars]
     assert search.main([str(finished), "--depths", "9"]) == 2
     assert "depth" in capsys.readouterr().err
     assert search.main([str(finished), "--widths", "0"]) == 2

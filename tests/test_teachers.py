@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from ddpp.data import Dataset
 from ddpp.errors import UserError
 from ddpp.models import flat
 from ddpp.training import Recipe
-from ddpp.trajectories import Trajectory
+from ddpp.trajectories import Begun, Trajectory
 
 CPU = torch.device("cpu")
 
@@ -74,7 +75,7 @@ def test_snapshots_follow_the_training(tmp_path: Path, dataset: Dataset) -> None
         Recipe(3, lr=0.1, batch=32),
         seed=seeds.derive(0, "teacher", 0, "training"),
         device=CPU,
-        on_epoch=lambda: rows.append(flat.flatten(model)),
+        on_epoch=lambda _: rows.append(flat.flatten(model)),
     )
     for epoch, row in enumerate(rows):
         assert torch.equal(found.rows(epoch, 0)[0], row)
@@ -233,11 +234,91 @@ def test_stopped_and_started_again_ends_with_the_same_bytes(tmp_path: Path, numb
     _, errors = process.communicate(timeout=120)
     if number != signal.SIGKILL:
         assert process.returncode == 128 + number
-        assert re.search(r"stopped; teacher \d in training is lost, the finished ones before it are kept", errors)
+        assert re.search(r"stopped; teacher \d goes on after epoch \d when asked for again, and finished", errors)
     assert not (folder / "teacher-002.safetensors").exists()
     train(settings(folder, count=3, epochs=5), whole)
     uninterrupted = train(settings(tmp_path / "whole", count=3, epochs=5), whole)
     assert contents(folder) == contents(uninterrupted)
+
+
+CUTS = {
+    "momentum": {"momentum": 0.9},
+    "sharpness": {"sharpness_radius": 0.05, "sharpness_weight": 0.5},
+    "running statistics": {"norm": "batch"},
+    "another network": {"model": "alexnet"},
+}
+
+
+@pytest.mark.parametrize("options", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_teacher_that_was_cut_goes_on_after_its_last_epoch(
+    killed: bool,
+    options: dict[str, object],
+    tmp_path: Path,
+    dataset: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    bars: list[Any],
+) -> None:
+    named = {name: value for name, value in options.items() if name in ("norm", "model")}
+    recipe = {name: value for name, value in options.items() if name not in named}
+    whole, config = (
+        replace(found, model=replace(found.model, **named))
+        for found in (settings(tmp_path / name, count=1, epochs=4, **recipe) for name in ("whole", "cut"))
+    )
+    train(whole, dataset)
+    monkeypatch.setattr(trajectories, "_KEPT_EVERY", 0 if killed else 1e9)
+    advance, seen = teachers._advance, []
+
+    def cut(bar: Any, interruption: runs.Interruption, begun: Begun, images: int) -> None:
+        seen.append(images)
+        if len(seen) == 11:  # the first step of the third of 5 an epoch
+            if killed:
+                raise RuntimeError("killed")
+            interruption.signal = signal.SIGTERM
+        advance(bar, interruption, begun, images)
+
+    monkeypatch.setattr(teachers, "_advance", cut)
+    with pytest.raises(RuntimeError if killed else runs.Stopped, match="killed" if killed else "goes on after epoch 2"):
+        teachers.train(config, dataset, CPU)
+    seen[:] = [-1] * 20
+    teachers.train(config, dataset, CPU)
+    assert seen[20:] == [2 * 130, *2 * [32, 32, 32, 32, 2]]
+    assert bars[-1].n == bars[-1].total == 4 * 130
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("file", [0, 1, 2])
+@pytest.mark.parametrize("change", ["damaged", "lost", "of another recipe"])
+def test_rows_that_cannot_be_used_are_computed_again(
+    change: str, file: int, tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, config = (settings(tmp_path / name, count=1) for name in ("whole", "cut"))
+    train(whole, dataset)
+    monkeypatch.setattr(trajectories, "_KEPT_EVERY", 0)
+    monkeypatch.setattr(trajectories, "write", lambda *_: pytest.fail("cut"))
+    for folder in (config, settings(tmp_path / "other", count=1, lr=0.2)):
+        with pytest.raises(pytest.fail.Exception, match="cut"):
+            train(folder, dataset)
+    rows = sorted((tmp_path / "cut" / ".teacher-000").iterdir())
+    assert len(rows) == 4
+    if change == "damaged":
+        rows[file].write_bytes(rows[file].read_bytes()[:500])
+    elif change == "lost":
+        rows[file].unlink()
+    else:
+        rows[file].write_bytes((tmp_path / "other" / ".teacher-000" / rows[file].name).read_bytes())
+    monkeypatch.undo()
+    begun = Begun(tmp_path / "cut", 0, {**teachers._describe(config, dataset), "seed": 0, "index": 0})
+    assert begun.epochs == file - 1
+    assert contents(train(config, dataset)) == contents(tmp_path / "whole")
+
+
+def test_rows_of_a_finished_teacher_do_not_stay(tmp_path: Path, dataset: Dataset) -> None:
+    config = settings(tmp_path, count=1)
+    before = contents(train(config, dataset))
+    (tmp_path / ".teacher-000").mkdir()
+    (tmp_path / ".teacher-000" / "rows-000000.safetensors").write_bytes(b"")
+    assert contents(train(config, dataset)) == before
 
 
 def test_the_command_trains_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,7 +338,7 @@ def test_the_command_trains_and_tells(tmp_path: Path, capsys: pytest.CaptureFixt
     first = capsys.readouterr()
     assert f"training 2 teachers for 1 epochs into {tmp_path}" in first.out
     assert re.search(r"2 teachers in .*, right on \d+\.\d % of the held-out images", first.out)
-    assert "2/2" in first.err
+    assert "teacher-001" in first.err and "100%" in first.err
     assert teachers.main(arguments) == 0
     assert "training" not in capsys.readouterr().out
 

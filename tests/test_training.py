@@ -93,7 +93,7 @@ def test_the_network_follows_each_step(fused: bool) -> None:
     seen = [flat.flatten(model)]
     recipe = Recipe(2, lr=0.1, batch=10)
     options = {"seed": 0, "device": CPU, "fused": fused}
-    training.fit(model, images, labels, recipe, on_step=lambda: seen.append(flat.flatten(model)), **options)
+    training.fit(model, images, labels, recipe, on_step=lambda _: seen.append(flat.flatten(model)), **options)
     assert all(not torch.equal(before, after) for before, after in itertools.pairwise(seen))
     assert torch.equal(seen[-1], flat.flatten(model))
 
@@ -174,10 +174,29 @@ def test_callbacks_come_after_each_step_and_epoch() -> None:
     calls = []
     trained(
         Recipe(2, lr=0.1, batch=20),
-        on_step=lambda: calls.append("step"),
-        on_epoch=lambda: calls.append("epoch"),
+        on_step=calls.append,
+        on_epoch=lambda standing: calls.append(f"epoch {standing.epochs}"),
     )
-    assert calls == ["step", "step", "epoch"] * 2
+    assert calls == [20, 10, "epoch 1", 20, 10, "epoch 2"]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("batch", [8, 30])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_training_that_was_cut_goes_on_to_the_same_bytes(momentum: float, batch: int, fused: bool) -> None:
+    """Cut after each of its epochs, the one at which the rate falls and those that are drawn together among them."""
+    recipe = Recipe(20, lr=0.05, momentum=momentum, weight_decay=0.01, batch=batch, decay=True)
+    options = {"seed": 1, "device": CPU, "groups": GROUPS, "fused": fused}
+    images, labels = examples()
+    whole, kept = network(), []
+    training.fit(whole, images, labels, recipe, **options, on_epoch=lambda at: kept.append((flat.flatten(whole), at)))
+    assert [standing.epochs for _, standing in kept] == list(range(1, 21))
+    assert all((standing.velocity is None) == (momentum == 0) for _, standing in kept)
+    for theta, standing in kept:
+        model = network(seed=5)
+        flat.load_flat_(model, theta)
+        training.fit(model, images, labels, recipe, **options, start=standing)
+        assert torch.equal(flat.flatten(model), kept[-1][0])
 
 
 def test_accuracy_is_a_share_in_percent_and_leaves_the_mode() -> None:

@@ -82,7 +82,8 @@ def load(config: DataConfig) -> Dataset:
     raw = reader(config)
     _check(raw)
     train, held_out = stratified(raw.train_labels, config.validation, seeds.generator(0, "validation"))
-    images = {"train": raw.train_images[train], "val": raw.train_images[held_out], "test": raw.test_images}
+    trained_on = raw.train_images[train] if len(held_out) else raw.train_images  # large ones are not copied for nothing
+    images = {"train": trained_on, "val": raw.train_images[held_out], "test": raw.test_images}
     labels = {"train": raw.train_labels[train], "val": raw.train_labels[held_out], "test": raw.test_labels}
     preprocessing = "zca" if config.zca else "channel"
     fingerprint = _fingerprint(preprocessing, raw.white, [*images.values(), *labels.values()])

@@ -68,7 +68,8 @@ def _decode(paths: Sequence[str], image_size: int | None) -> Tensor:
     first = _read(paths[0], image_size)
     if first.shape[0] != first.shape[1]:
         raise UserError(f"{paths[0]} is {_size(first)}, but must be square. Crop images with --image-size.")
-    images = np.empty((len(paths), *first.shape), dtype=np.uint8)  # [N, H, W, C]
+    height, width, channels = first.shape
+    images = np.empty((len(paths), channels, height, width), dtype=np.uint8)
 
     def decode(start: int) -> int:
         chunk = range(start, min(start + _CHUNK, len(paths)))
@@ -76,7 +77,7 @@ def _decode(paths: Sequence[str], image_size: int | None) -> Tensor:
             image = _read(paths[i], image_size)
             if image.shape != first.shape:
                 raise UserError(_difference(image, first, paths[i], paths[0]))
-            images[i] = image
+            images[i] = image.transpose(2, 0, 1)
         return len(chunk)
 
     progress = tqdm(total=len(paths), desc="read images", unit="image", disable=len(paths) < _PROGRESS_FROM)
@@ -87,7 +88,7 @@ def _decode(paths: Sequence[str], image_size: int | None) -> Tensor:
         except UserError:
             pool.shutdown(cancel_futures=True)
             raise
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(images)
 
 
 def _read(path: str, image_size: int | None) -> NDArray[np.uint8]:

@@ -30,17 +30,19 @@ def trained_network(problem: Problem, on_epoch: Callable[[Network], None] | None
     settings, seed = config.teachers, seeds.derive(config.run.seed, "selection")
     network = models.build(config.model, dataset.shape, len(dataset.classes), seed=seed)
     recipe = Recipe(settings.epochs, settings.lr, settings.momentum, settings.weight_decay, settings.batch)
-    finite = training.fit(
-        network,
-        dataset.train_images,
-        dataset.train_labels,
-        recipe,
-        seed=seed,
-        device=problem.device,
-        fused=config.run.use_fused_kernels,
-        tile=config.run.winograd,
-        on_epoch=None if on_epoch is None else lambda: on_epoch(network),
-    )
+    with training.images_bar("network to select by", recipe.epochs * len(dataset.train_labels)) as bar:
+        finite = training.fit(
+            network,
+            dataset.train_images,
+            dataset.train_labels,
+            recipe,
+            seed=seed,
+            device=problem.device,
+            fused=config.run.use_fused_kernels,
+            tile=config.run.winograd,
+            on_step=bar.update,
+            on_epoch=None if on_epoch is None else lambda _: on_epoch(network),
+        )
     if not finite:
         raise UserError(f"the network to select by diverged at --teachers-lr {settings.lr}; lower it")
     return network
