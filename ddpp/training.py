@@ -105,10 +105,11 @@ def fit(
     model.to(device).train()
     images, labels = images.to(device), labels.to(device)
     gradients = _gradients(model, device, fused, tile)
-    optimizer = _sgd(gradients.parameters, recipe, start)
+    optimizer = _sgd(gradients.parameters, recipe, recipe.rate(start.epochs))
+    _set_velocity(optimizer, gradients.parameters, start.velocity)
     for epoch, batches in _epochs(images.shape, recipe, seed, device, groups, mode, start.epochs):
         if recipe.rate(epoch) != recipe.rate(epoch - 1):
-            optimizer = _sgd(gradients.parameters, recipe, Standing(epoch))
+            optimizer = _sgd(gradients.parameters, recipe, recipe.rate(epoch))
         for chosen, plan in batches:
             batch = images[chosen] if plan is None else dsa_augment(images[chosen], plan, fused=fused)
             gradients.set(batch, labels[chosen])
@@ -237,16 +238,15 @@ def accuracy(
     return 100 * int(right) / len(labels)
 
 
-def _sgd(parameters: list[nn.Parameter], recipe: Recipe, start: Standing) -> torch.optim.SGD:
-    momentum, weight_decay = recipe.momentum, recipe.weight_decay
-    found = torch.optim.SGD(
-        parameters, recipe.rate(start.epochs), momentum=momentum, weight_decay=weight_decay, fused=True
-    )
-    if start.velocity is not None:
-        parts = start.velocity.split([p.numel() for p in parameters])
+def _sgd(parameters: list[nn.Parameter], recipe: Recipe, lr: float) -> torch.optim.SGD:
+    return torch.optim.SGD(parameters, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
+
+
+def _set_velocity(optimizer: torch.optim.SGD, parameters: list[nn.Parameter], velocity: Tensor | None) -> None:
+    if velocity is not None:
+        parts = velocity.split([p.numel() for p in parameters])
         for p, part in zip(parameters, parts, strict=True):
-            found.state[p]["momentum_buffer"] = part.view_as(p).to(p, copy=True)
-    return found
+            optimizer.state[p]["momentum_buffer"] = part.view_as(p).to(p, copy=True)
 
 
 def _velocity(optimizer: torch.optim.SGD, parameters: list[nn.Parameter]) -> Tensor | None:
