@@ -12,6 +12,7 @@ STAGES = {
     "distill": "distil a data set (trains missing teachers first, evaluates at the end)",
     "evaluate": "train networks on a distilled set and test them",
     "report": "write a run's pictures and tables anew",
+    "export": "write a run's set for other programs",
     "reproduce": "run the paper's tables: every method, beside the published figures",
     "compare": "two sets of runs against each other, with the interval of the difference",
     "continual": "learn classes group by group with a distilled memory",

@@ -153,6 +153,17 @@ class DistillConfig:
     kip_depth: int = option(3, "Hidden layers of the network of kip.", low=1)
     kip_batch: int = option(500, "Real images in an outer step of kip.", low=1)
     kip_ridge: float = option(1e-6, "Ridge of the regression of kip, in units of the kernel's mean diagonal.", low=0)
+    given: tuple[str, ...] = option(
+        (),
+        "Set of method given: .pt files of its images, labels and step size, the last two where they are there, "
+        "one .pt file of all, or a set of ddpp.",
+    )
+    given_space: str = option(
+        "networks",
+        "Those images are what networks are trained on here, pixels from 0 to 1, or normalised by the constants of "
+        "published codes.",
+        choices=("networks", "pixels", "published"),
+    )
 
 
 @dataclass(frozen=True)

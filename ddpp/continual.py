@@ -83,11 +83,9 @@ def _real(
     network = models.build(config.model, dataset.shape, len(dataset.classes), seed=config.run.seed).to(device)
     selection = METHODS.get("herding")(Problem(config, dataset, network, [], groups, device))
     assert isinstance(selection, Selection)
-    index, ipc = selection.choose(), config.distill.ipc
-    herd = Synthetic(dataset.train_images[index], dataset.train_labels[index], torch.zeros(()))
-    seed = config.run.seed
+    ipc, seed = config.distill.ipc, config.run.seed
     draws = [synthetic.real_images(dataset, ipc, "continual", n, seed=seed) for n in range(orders)]
-    return {"herding": [herd] * orders, "random": draws}
+    return {"herding": [selection.choose()] * orders, "random": draws}
 
 
 def _recipe(config: Config, step_size: float) -> Recipe:

@@ -178,15 +178,10 @@ def distill(settings: DistillConfig, first: Synthetic, method: Method, folder: P
     return state
 
 
-def select(settings: DistillConfig, selection: Selection, problem: Problem, folder: Path) -> State:
-    """Real images in place of synthetic ones. Writes ``log.jsonl``, without a step, and ``snapshots/``.
-
-    Networks are evaluated at ``settings.step_size``: a selection has none of its own.
-    """
+def select(selection: Selection, folder: Path, device: torch.device) -> State:
+    """A set that needs no outer step. Writes ``log.jsonl``, without a line, and ``snapshots/``."""
     began = time.perf_counter()
-    index, dataset = selection.choose(), problem.dataset
-    chosen = Synthetic(dataset.train_images[index], dataset.train_labels[index], torch.tensor(settings.step_size))
-    state = replace(State.begin(chosen.to(problem.device)), seconds=time.perf_counter() - began)
+    state = replace(State.begin(selection.choose().to(device)), seconds=time.perf_counter() - began)
     _save_snapshot(state, folder)
     runs.Log(folder / "log.jsonl", 0).flush()
     return state
@@ -266,6 +261,8 @@ def _check(config: Config, method: type[Method] | type[Selection]) -> None:
             raise UserError(
                 f"{option} needs a method that matches trajectories (ddpp, mtt), and {settings.method} does not"
             )
+    if settings.given and settings.method != "given":
+        raise UserError(f"--given names a set for --method given, got it with {settings.method}; leave one out")
     if settings.init == "correct" and not method.needs_teachers:
         raise UserError(f"--init correct asks teachers, and method {settings.method} has none; give --init real")
     method.check(config)
@@ -303,7 +300,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
         method = method_class(replace(problem, teachers=trajectories))
     try:
         state = (
-            select(settings, method, problem, folder)
+            select(method, folder, device)
             if isinstance(method, Selection)
             else distill(settings, first, method, folder)
         )

@@ -39,10 +39,10 @@ def write(folder: Path) -> None:
 
 def _draw_images(folder: Path) -> None:
     """The start above the result, one column a class."""
-    tensors, meta = runs.read_tensors(folder / "synthetic.safetensors", "synthetic set")
-    transform = {name.removeprefix("transform."): t for name, t in tensors.items() if name.startswith("transform.")}
+    held, meta = synthetic.load(folder / "synthetic.safetensors")
+    transform = synthetic.transform_of(folder / "synthetic.safetensors")
     starts = sorted((folder / "snapshots").glob("step-*.safetensors"))[:1]  # none where they were cleared away
-    shown = [*(("start", synthetic.load(path)[0].images) for path in starts), ("result", tensors["images"])]
+    shown = [*(("start", synthetic.load(path)[0].images) for path in starts), ("result", held.images)]
     names = meta["classes"][:COLUMNS]
     panels = [(title, _canvas(data.to_pixels_from(transform, x), len(meta["classes"]))) for title, x in shown]
     height, width = panels[0][1].shape[:2]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpp import runs, seeds
-from ddpp.data import Dataset
+from ddpp.data import Dataset, Transform
 from ddpp.errors import UserError
 from ddpp.models import flat
 from ddpp.trajectories import Trajectory
@@ -20,6 +20,7 @@ from ddpp.trajectories import Trajectory
 FORMAT = 1
 FIRST_SHARE = 0.9  # of an image's class in the soft labels that no teacher gives
 _AT_ONCE = 500  # images
+_TRANSFORM = "transform."
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Synthetic:
     def save(self, path: Path, meta: dict[str, Any], transform: dict[str, Tensor] | None = None) -> None:
         """Writes images, labels and step size, and with ``transform`` the way back to pixels in [0, 1]."""
         tensors = {"images": self.images, "labels": self.labels, "step_size": self.step_size}
-        tensors |= {f"transform.{name}": t for name, t in (transform or {}).items()}
+        tensors |= {_TRANSFORM + name: t for name, t in (transform or {}).items()}
         runs.write_tensors(path, tensors, {"format": FORMAT, **meta})
 
 
@@ -52,6 +53,16 @@ def load(path: Path) -> tuple[Synthetic, dict[str, Any]]:
             f"{path} is no synthetic set of format {FORMAT}; it was written by another version or stage of ddpp"
         )
     return Synthetic(tensors["images"], tensors["labels"], tensors["step_size"]), meta
+
+
+def transform_of(path: Path) -> Transform:
+    """What brought the images of a run's set to the space that networks are trained in; see :mod:`ddpp.data`.
+
+    Raises:
+        UserError: the file is missing, damaged or foreign.
+    """
+    tensors, _ = runs.read_tensors(path, "synthetic set")
+    return {name.removeprefix(_TRANSFORM): t for name, t in tensors.items() if name.startswith(_TRANSFORM)}
 
 
 def real_images(dataset: Dataset, ipc: int, *key: str | int, seed: int) -> Synthetic:

@@ -32,6 +32,7 @@ LEVELS: dict[str, float] = {
     "teachers": 5,
     "evaluate": 5,
     "report": 5,
+    "export": 5,
     "compare": 5,
     "continual": 5,
     "search": 5,

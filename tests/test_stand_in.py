@@ -208,7 +208,8 @@ def test_what_a_result_is_used_for(elsewhere: str, folder: Path, tmp_path: Path)
 
 def test_no_method_is_left_out() -> None:
     words = [case.split() for case in (*MOVED.values(), *CHOSEN.values())]
-    assert {case[case.index("--method") + 1] for case in words} == set(METHODS.names())
+    tried = {case[case.index("--method") + 1] for case in words}
+    assert tried == set(METHODS.names()) - {"given"}  # which computes nothing
 
 
 def test_tensors_of_two_devices_do_not_meet() -> None:

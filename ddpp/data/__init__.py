@@ -20,6 +20,7 @@ from ddpp.errors import UserError
 __all__ = [
     "DATASETS",
     "Dataset",
+    "Transform",
     "digits",
     "folder",
     "from_pixels",

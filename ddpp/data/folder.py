@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from ddpp import runs
 from ddpp.config import DataConfig
 from ddpp.data.base import DATASETS, EVERY_GROUP, Raw, library
 from ddpp.errors import UserError
@@ -50,6 +51,24 @@ def folder(config: DataConfig) -> Raw:
         test_labels=labels[count:],
         strategy=EVERY_GROUP,
     )
+
+
+def write(root: Path, pixels: Tensor, classes: Sequence[str]) -> None:
+    """Writes pictures as :func:`folder` reads them: ``<class>/<number>.png``, 8 bits a channel.
+
+    Args:
+        pixels: grey or RGB, from 0 to 1, as many of each class, class by class. [N, C, H, W]
+        classes: the names; a / in them becomes -.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    pillow, ipc = library("PIL.Image"), len(pixels) // len(classes)
+    values = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # [N, H, W, C]
+    for number, picture in enumerate(values):
+        name = classes[number // ipc].replace("/", "-")
+        with runs.replacing(root / name / f"{number % ipc:04d}.png") as temporary:
+            pillow.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(temporary)
 
 
 def _list(root: Path, part: str) -> Any:

@@ -1,7 +1,8 @@
 """Distillation methods: one file and one registration each.
 
 A method gives, at each outer step, the gradients of the synthetic images and of the step size; the loop in
-:mod:`ddpp.distill` applies, checks and saves them. A selection chooses real images, once, and there is no loop.
+:mod:`ddpp.distill` applies, checks and saves them. A selection gives a set, of real images or one that is there, once,
+and there is no loop.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ class Selection(Protocol):
 
     def __init__(self, problem: Problem) -> None: ...
 
-    def choose(self) -> Tensor:
-        """Indices of real training images, ``ipc`` of each class, class by class. [K * ipc] int64"""
+    def choose(self) -> Synthetic:
+        """``ipc`` images of each class, class by class, with the step size to train networks at, on the CPU."""
 
 
 METHODS: Registry[type[Method] | type[Selection]] = Registry("method")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ddpp import models, seeds, training
-from ddpp.data import Dataset
 from ddpp.errors import UserError
 from ddpp.methods import Problem
 from ddpp.models import Network
+from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
 _AT_ONCE = 500  # images
@@ -63,8 +63,8 @@ def right(network: Network, problem: Problem) -> Tensor:
     return answers == problem.dataset.train_labels
 
 
-def choose_by_class(dataset: Dataset, ipc: int, rule: Callable[[Tensor], Tensor]) -> Tensor:
-    """Indices that a rule chooses of each class. [K * ipc]
+def choose_by_class(problem: Problem, rule: Callable[[Tensor], Tensor]) -> Synthetic:
+    """Real images that a rule chooses of each class; they have no step size of their own and get ``--step-size``.
 
     Args:
         rule: from the indices of a class's images to positions among them, the chosen ones first.
@@ -72,10 +72,11 @@ def choose_by_class(dataset: Dataset, ipc: int, rule: Callable[[Tensor], Tensor]
     Raises:
         UserError: a class has fewer than ``ipc`` images.
     """
-    chosen = []
+    dataset, settings, chosen = problem.dataset, problem.config.distill, []
     for label, name in enumerate(dataset.classes):
         members = torch.nonzero(dataset.train_labels == label).flatten()
-        if len(members) < ipc:
-            raise UserError(f"--ipc {ipc} is more than the {len(members)} training images of class {name!r}")
-        chosen.append(members[rule(members)[:ipc]])
-    return torch.cat(chosen)
+        if len(members) < settings.ipc:
+            raise UserError(f"--ipc {settings.ipc} is more than the {len(members)} training images of class {name!r}")
+        chosen.append(members[rule(members)[: settings.ipc]])
+    index = torch.cat(chosen)
+    return Synthetic(dataset.train_images[index], dataset.train_labels[index], torch.tensor(settings.step_size))

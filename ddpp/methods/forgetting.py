@@ -8,6 +8,7 @@ from torch import Tensor
 from ddpp.config import Config
 from ddpp.methods import METHODS, Problem
 from ddpp.methods._real import choose_by_class, right, trained_network
+from ddpp.synthetic import Synthetic
 
 
 @METHODS.register("forgetting")
@@ -28,14 +29,11 @@ class Forgetting:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
-    def choose(self) -> Tensor:
+    def choose(self) -> Synthetic:
         history: list[Tensor] = []
         trained_network(self.problem, lambda network: history.append(right(network, self.problem)))
         counts = forgotten(torch.stack(history))
-        ipc = self.problem.config.distill.ipc
-        return choose_by_class(
-            self.problem.dataset, ipc, lambda members: counts[members].argsort(descending=True, stable=True)
-        )
+        return choose_by_class(self.problem, lambda members: counts[members].argsort(descending=True, stable=True))
 
 
 def forgotten(history: Tensor) -> Tensor:

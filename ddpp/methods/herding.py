@@ -8,6 +8,7 @@ from torch import Tensor
 from ddpp.config import Config
 from ddpp.methods import METHODS, Problem
 from ddpp.methods._real import choose_by_class, embeddings, trained_network
+from ddpp.synthetic import Synthetic
 
 
 @METHODS.register("herding")
@@ -24,10 +25,10 @@ class Herding:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
-    def choose(self) -> Tensor:
+    def choose(self) -> Synthetic:
         found = embeddings(trained_network(self.problem), self.problem)
         ipc = self.problem.config.distill.ipc
-        return choose_by_class(self.problem.dataset, ipc, lambda members: herd(found[members], ipc))
+        return choose_by_class(self.problem, lambda members: herd(found[members], ipc))
 
 
 def herd(embeddings: Tensor, count: int) -> Tensor:

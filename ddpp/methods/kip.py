@@ -6,6 +6,7 @@ import os
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ddpp import seeds
 from ddpp.config import Config
@@ -16,6 +17,7 @@ from ddpp.ntk import WideNetwork
 from ddpp.synthetic import Synthetic
 
 _AT_ONCE = 500  # images
+_SILENT = 5  # seconds that need no bar
 
 
 @METHODS.register("kip")
@@ -111,6 +113,6 @@ def accuracy_of_krr(network: WideNetwork, trained_on: Synthetic, dataset: Datase
     """Share of test images that kernel ridge regression on a synthetic set labels right, in percent."""
     held = trained_on.images
     coefficients = fit(network.ntk(held, held), targets(trained_on.labels, len(dataset.classes)), ridge)
-    parts = dataset.test_images.split(_AT_ONCE)
+    parts = tqdm(dataset.test_images.split(_AT_ONCE), desc="test by regression", unit="batch", delay=_SILENT)
     answers = [(network.ntk(part.to(held.device), held) @ coefficients).argmax(1).cpu() for part in parts]
     return 100 * float((torch.cat(answers) == dataset.test_labels).double().mean())

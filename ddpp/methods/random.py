@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ddpp import seeds
 from ddpp.config import Config
 from ddpp.methods import METHODS, Problem
 from ddpp.methods._real import choose_by_class
+from ddpp.synthetic import Synthetic
 
 
 @METHODS.register("random")
@@ -25,8 +25,6 @@ class Random:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
-    def choose(self) -> Tensor:
-        settings, draw = self.problem.config, seeds.generator(self.problem.config.run.seed, "random selection")
-        return choose_by_class(
-            self.problem.dataset, settings.distill.ipc, lambda members: torch.randperm(len(members), generator=draw)
-        )
+    def choose(self) -> Synthetic:
+        draw = seeds.generator(self.problem.config.run.seed, "random selection")
+        return choose_by_class(self.problem, lambda members: torch.randperm(len(members), generator=draw))

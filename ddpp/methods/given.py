@@ -1,0 +1,163 @@
+"""A set that is there already, evaluated, compared and used as one distilled here: another program's, or one shared."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpp import data, runs, synthetic
+from ddpp.config import Config, DistillConfig
+from ddpp.data import Dataset
+from ddpp.errors import UserError
+from ddpp.methods import METHODS, Problem
+from ddpp.synthetic import Synthetic
+
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+#: Means and deviations by which the codes of DC, DSA, DM and MTT normalise; CIFAR's deviations are not those of its
+#: pixels, and CIFAR-100 has CIFAR-10's. Source: their repositories.
+PUBLISHED = {
+    "cifar10": _CIFAR10,
+    "cifar100": _CIFAR10,
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashionmnist": ((0.2861,), (0.3530,)),
+    "folder": _IMAGENET,
+}
+_OF_NUMPY = ("float64", "float32", "int64", "int32")  # accuracies that stand beside images in a file
+
+
+@METHODS.register("given")
+class Given:
+    """Files of ``--given``: images [N, C, H, W], N = ipc of each class, with labels, class by class without.
+
+    Labels are class indices [N], or soft ones [N, K] with ``--labels soft``: rows that sum to 1 are probabilities,
+    others logits. One file may hold all, as ``{"data": (images, labels)}`` or, as DC's code writes it, a list of such
+    pairs, of which the first is taken. Networks are trained at the set's step size, or at ``--step-size`` without.
+    """
+
+    needs_teachers = False
+    learns_labels = True
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Files must be named.
+
+        Raises:
+            UserError: they are not, or too many are.
+        """
+        if not 1 <= len(config.distill.given) <= 3:
+            raise UserError(
+                "--method given needs --given FILE: images.pt [labels.pt [lr.pt]], one .pt of images and labels, or a "
+                f"set of ddpp; got {len(config.distill.given)} files"
+            )
+
+    def __init__(self, problem: Problem) -> None:
+        settings, dataset = problem.config.distill, problem.dataset
+        self._files = " ".join(settings.given)
+        images, labels, step_size = _read(settings, dataset)
+        self._check_images(images, dataset, settings.ipc)
+        if not (torch.isfinite(step_size) and step_size > 0):
+            raise UserError(f"{self._files}: the step size must be positive, got {float(step_size)}")
+        images = _to_networks_space(images, problem.config, dataset)
+        labels = self._labels(labels, len(dataset.classes), settings.ipc)
+        if labels.is_floating_point() != (settings.labels == "soft"):
+            held, other = ("soft", "hard") if labels.is_floating_point() else ("hard", "soft")
+            raise UserError(f"{self._files} has {held} labels, and --labels is {other}; give --labels {held}")
+        order = torch.arange(len(labels)) if labels.is_floating_point() else labels.argsort(stable=True)
+        self._held = Synthetic(images[order], labels[order], step_size)
+
+    def choose(self) -> Synthetic:
+        return self._held
+
+    def _check_images(self, images: Tensor, dataset: Dataset, ipc: int) -> None:
+        classes = len(dataset.classes)
+        if tuple(images.shape[1:]) != dataset.shape:
+            shape = ", ".join(map(str, dataset.shape))
+            raise UserError(f"{self._files}: images must be [N, {shape}] for {dataset.name}, got {list(images.shape)}")
+        if len(images) != ipc * classes:
+            raise UserError(
+                f"{self._files} holds {len(images)} images, and --ipc {ipc} means {ipc * classes}; give the set's --ipc"
+            )
+        if not torch.isfinite(images).all():
+            raise UserError(f"{self._files} holds pixels that are no numbers")
+
+    def _labels(self, given: Tensor | None, classes: int, ipc: int) -> Tensor:
+        """Class indices [N], or logits [N, K]."""
+        if given is None:
+            return torch.arange(classes).repeat_interleave(ipc)
+        expected = f"labels must be classes [{ipc * classes}] from 0 to {classes - 1}, {ipc} of each, or soft ones"
+        if given.is_floating_point() and given.shape == (ipc * classes, classes) and torch.isfinite(given).all():
+            probable = (given >= 0).all() and torch.allclose(given.sum(1), torch.ones(len(given)), atol=1e-3)
+            return given.clamp_min(torch.finfo(torch.float32).tiny).log() if probable else given
+        if given.is_floating_point() or given.shape != (ipc * classes,):
+            raise UserError(f"{self._files}: {expected} [{ipc * classes}, {classes}], got {list(given.shape)}")
+        counts = torch.bincount(given.clamp(0, classes - 1), minlength=classes)
+        if given.min() < 0 or given.max() >= classes or not (counts == ipc).all():
+            raise UserError(f"{self._files}: {expected} [{ipc * classes}, {classes}], got {given.unique().tolist()}")
+        return given
+
+
+def _read(settings: DistillConfig, dataset: Dataset) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Images as they are given, labels if there are any, and the step size."""
+    first, *others = [Path(name) for name in settings.given]
+    if first.suffix == ".safetensors":
+        if others or settings.given_space != "networks":
+            raise UserError(f"{first} is a set of ddpp, which holds all; leave out other files and --given-space")
+        held, meta = synthetic.load(first)
+        runs.check_same_data(first, meta, dataset.fingerprint)
+        return held.images, held.labels, held.step_size
+    images, *more = *_pair(_load(first), first), *(_tensor(_load(path), path) for path in others)
+    labels, step_size = [*more, None, None][:2]
+    if labels is not None:
+        labels = labels.float() if labels.is_floating_point() else labels.long()
+    if step_size is not None and step_size.numel() != 1:
+        raise UserError(f"{others[-1]}: the step size must be one number, got {list(step_size.shape)}")
+    return images.float(), labels, torch.tensor(settings.step_size if step_size is None else float(step_size))
+
+
+def _to_networks_space(images: Tensor, config: Config, dataset: Dataset) -> Tensor:
+    space, name = config.distill.given_space, config.data.dataset
+    if space == "networks":
+        return images
+    if space == "published":
+        if name not in PUBLISHED:
+            raise UserError(f"--given-space published is for {', '.join(PUBLISHED)}, not for {name}")
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in PUBLISHED[name])
+        images = images * std + mean
+    return data.from_pixels(dataset.transform, images)
+
+
+def _pair(found: Any, path: Path) -> list[Tensor]:
+    """Images alone, or images and labels where a file holds both."""
+    held = found.get("data", found) if isinstance(found, dict) else found
+    while isinstance(held, list | tuple) and held and not isinstance(held[0], Tensor):
+        held = held[0]
+    return [_tensor(part, path) for part in (held[:2] if isinstance(held, list | tuple) and held else [held])]
+
+
+def _tensor(found: Any, path: Path) -> Tensor:
+    if isinstance(found, float):
+        return torch.tensor(found)
+    if not isinstance(found, Tensor):
+        kind = type(found).__name__
+        raise UserError(f'{path} holds a {kind} where a tensor or {{"data": (images, labels)}} was expected')
+    return found.detach()
+
+
+def _load(path: Path) -> Any:
+    """What torch.save wrote; code in a file is not run."""
+    scalar = np.float64(0).__reduce__()[0]
+    known: list[Any] = [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]  # the older name too
+    known += [type(np.dtype(name)) for name in _OF_NUMPY]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"cannot read {path}: {reason}. Give files that torch.save wrote.") from e
