@@ -156,7 +156,7 @@ class DistillConfig:
     given: tuple[str, ...] = option(
         (),
         "Set of method given: .pt files of its images, labels and step size, the last two where they are there, "
-        "one .pt file of all, or a set of ddpp.",
+        "one .pt file of all, a folder of pictures, or a set of ddpp.",
     )
     given_space: str = option(
         "networks",

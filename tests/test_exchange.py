@@ -12,6 +12,7 @@ from torch import Tensor
 from ddpp import data, distill, export, synthetic
 from ddpp.config import DataConfig
 from ddpp.data import Dataset
+from ddpp.errors import UserError
 from ddpp.methods.given import PUBLISHED
 
 TOY = [
@@ -108,6 +109,23 @@ def test_an_export_overwrites_nothing(run: Path, exported: Path, capsys: pytest.
     assert "there is no synthetic set at" in capsys.readouterr().err
 
 
+def test_a_folder_of_pictures_comes_in(run: Path, exported: Path, digits: Dataset, tmp_path: Path) -> None:
+    assert given(tmp_path / "run", [str(exported / "pixels")], "--given-space", "pixels") == 0
+    wanted, found = result(run), result(tmp_path / "run")
+    assert torch.equal(found.labels, wanted.labels)
+    torch.testing.assert_close(digits.to_pixels(found.images), digits.to_pixels(wanted.images), atol=3e-3, rtol=0)
+
+
+def test_classes_of_pictures_are_known_by_name(tmp_path: Path) -> None:
+    pixels = torch.rand(6, 3, 8, 8)
+    data.folder.write(tmp_path / "set", pixels, ["T-shirt/top", "Bag", "Coat"])
+    found, labels = data.folder.pictures(tmp_path / "set", ["Coat", "T-shirt/top", "Bag"])
+    order = labels.argsort(stable=True)
+    torch.testing.assert_close(found[order], pixels[[4, 5, 0, 1, 2, 3]], atol=3e-3, rtol=0)
+    with pytest.raises(UserError, match="one folder a class of the data set; only one of both has Bag, Hat"):
+        data.folder.pictures(tmp_path / "set", ["Coat", "T-shirt/top", "Hat"])
+
+
 def layouts(images: Tensor, labels: Tensor, folder: Path) -> dict[str, list[str]]:
     """The same set as programs write it."""
     pair = [images, labels]
@@ -170,7 +188,9 @@ def test_images_of_another_space_are_brought_to_that_of_networks(zca: bool, spac
     )
 
 
-def test_a_set_that_does_not_fit_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_set_that_does_not_fit_is_one_line(
+    run: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def file(name: str, value: Any) -> str:
         return saved(tmp_path / name, value)
 
@@ -196,6 +216,7 @@ def test_a_set_that_does_not_fit_is_one_line(run: Path, tmp_path: Path, capsys: 
         ([images, file("lr.pt", torch.tensor(0.1))], "got []"),
         ([images, file("l.pt", torch.arange(20) % 10), file("0.pt", 0.0)], "the step size must be positive, got 0.0"),
         ([images] * 4, "got 4 files"),
+        ([str(exported / "pixels")], "is a folder of pictures; name it alone and give --given-space pixels"),
         ([str(run / "synthetic.safetensors"), images], "which holds all; leave out other files"),
         ([str(run / "images.png")], "cannot read"),
     ]

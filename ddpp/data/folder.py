@@ -53,6 +53,21 @@ def folder(config: DataConfig) -> Raw:
     )
 
 
+def pictures(root: Path, classes: Sequence[str], image_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Pictures as :func:`write` leaves them, ``<class>/*``: pixels from 0 to 1 [N, C, H, W], and labels [N].
+
+    Raises:
+        UserError: other classes than these, or what :func:`folder` refuses.
+    """
+    found = _list(root.parent, root.name)
+    places = {_folder_name(name): label for label, name in enumerate(classes)}
+    if set(found.classes) != set(places):
+        odd = ", ".join(sorted(set(found.classes) ^ set(places))[:5])
+        raise UserError(f"{root} must have one folder a class of the data set; only one of both has {odd}")
+    pixels = _decode([path for path, _ in found.samples], image_size).float() / 255
+    return pixels, torch.tensor([places[found.classes[label]] for _, label in found.samples])
+
+
 def write(root: Path, pixels: Tensor, classes: Sequence[str]) -> None:
     """Writes pictures as :func:`folder` reads them: ``<class>/<number>.png``, 8 bits a channel.
 
@@ -66,9 +81,13 @@ def write(root: Path, pixels: Tensor, classes: Sequence[str]) -> None:
     pillow, ipc = library("PIL.Image"), len(pixels) // len(classes)
     values = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # [N, H, W, C]
     for number, picture in enumerate(values):
-        name = classes[number // ipc].replace("/", "-")
-        with runs.replacing(root / name / f"{number % ipc:04d}.png") as temporary:
+        name = f"{number % ipc:04d}.png"
+        with runs.replacing(root / _folder_name(classes[number // ipc]) / name) as temporary:
             pillow.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(temporary)
+
+
+def _folder_name(class_name: str) -> str:
+    return class_name.replace("/", "-")
 
 
 def _list(root: Path, part: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpp import data, runs, synthetic
-from ddpp.config import Config, DistillConfig
+from ddpp.config import Config
 from ddpp.data import Dataset
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Problem
@@ -38,7 +38,8 @@ class Given:
 
     Labels are class indices [N], or soft ones [N, K] with ``--labels soft``: rows that sum to 1 are probabilities,
     others logits. One file may hold all, as ``{"data": (images, labels)}`` or, as DC's code writes it, a list of such
-    pairs, of which the first is taken. Networks are trained at the set's step size, or at ``--step-size`` without.
+    pairs, of which the first is taken; a folder holds pictures, ``<class>/*``. Networks are trained at the set's step
+    size, or at ``--step-size`` without.
     """
 
     needs_teachers = False
@@ -60,7 +61,7 @@ class Given:
     def __init__(self, problem: Problem) -> None:
         settings, dataset = problem.config.distill, problem.dataset
         self._files = " ".join(settings.given)
-        images, labels, step_size = _read(settings, dataset)
+        images, labels, step_size = _read(problem.config, dataset)
         self._check_images(images, dataset, settings.ipc)
         if not (torch.isfinite(step_size) and step_size > 0):
             raise UserError(f"{self._files}: the step size must be positive, got {float(step_size)}")
@@ -103,8 +104,9 @@ class Given:
         return given
 
 
-def _read(settings: DistillConfig, dataset: Dataset) -> tuple[Tensor, Tensor | None, Tensor]:
+def _read(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor | None, Tensor]:
     """Images as they are given, labels if there are any, and the step size."""
+    settings = config.distill
     first, *others = [Path(name) for name in settings.given]
     if first.suffix == ".safetensors":
         if others or settings.given_space != "networks":
@@ -112,6 +114,11 @@ def _read(settings: DistillConfig, dataset: Dataset) -> tuple[Tensor, Tensor | N
         held, meta = synthetic.load(first)
         runs.check_same_data(first, meta, dataset.fingerprint)
         return held.images, held.labels, held.step_size
+    if first.is_dir():
+        if others or settings.given_space != "pixels":
+            raise UserError(f"{first} is a folder of pictures; name it alone and give --given-space pixels")
+        pixels, classes = data.folder.pictures(first, dataset.classes, config.data.image_size)
+        return pixels, classes, torch.tensor(settings.step_size)
     images, *more = *_pair(_load(first), first), *(_tensor(_load(path), path) for path in others)
     labels, step_size = [*more, None, None][:2]
     if labels is not None:
