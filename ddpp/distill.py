@@ -251,6 +251,10 @@ def _trajectories(config: Config, dataset: Dataset, network: torch.nn.Module, de
 def _check(config: Config, method: type[Method] | type[Selection]) -> None:
     """Refuses options that this method cannot follow, before anything is trained."""
     settings = config.distill
+    if settings.method == "given":  # the other options, such as a preset's, say how the set was made
+        return method.check(config)
+    if settings.given:
+        raise UserError(f"--given names a set for --method given, got it with {settings.method}; leave one out")
     if settings.labels == "soft" and not method.learns_labels:
         learning = ", ".join(name for name in METHODS.names() if METHODS.get(name).learns_labels)
         raise UserError(f"--labels soft needs a method that learns labels ({learning}), and {settings.method} does not")
@@ -261,8 +265,6 @@ def _check(config: Config, method: type[Method] | type[Selection]) -> None:
             raise UserError(
                 f"{option} needs a method that matches trajectories (ddpp, mtt), and {settings.method} does not"
             )
-    if settings.given and settings.method != "given":
-        raise UserError(f"--given names a set for --method given, got it with {settings.method}; leave one out")
     if settings.init == "correct" and not method.needs_teachers:
         raise UserError(f"--init correct asks teachers, and method {settings.method} has none; give --init real")
     method.check(config)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpp import data, distill, export, synthetic
+from ddpp import config, data, distill, export, synthetic
 from ddpp.config import DataConfig
 from ddpp.data import Dataset
 from ddpp.errors import UserError
@@ -186,6 +186,19 @@ def test_images_of_another_space_are_brought_to_that_of_networks(zca: bool, spac
     torch.testing.assert_close(
         result(tmp_path / "run").images, data.from_pixels(dataset.transform, pixels), atol=1e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("preset", ["pad-cifar10-ipc1", "datm-cifar10-ipc10", "tesla-cifar10-ipc1", "dm-cifar10-ipc1"])
+def test_the_preset_that_a_set_was_made_by_gives_the_protocol(preset: str, tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        data.folder.write(tmp_path / part, torch.rand(40, 3, 8, 8), ["cat", "dog"])
+    options = ["--preset", preset, "--dataset", "folder", "--data-root", str(tmp_path), "--ipc", "2"]
+    values = config.read_preset(preset)
+    soft = values["distill"].get("labels") == "soft"
+    labels = saved(tmp_path / "labels.pt", torch.randn(4, 2) if soft else torch.tensor([0, 0, 1, 1]))
+    assert given(tmp_path / "run", [saved(tmp_path / "images.pt", torch.randn(4, 3, 8, 8)), labels], *options) == 0
+    used = config.load(tmp_path / "run" / "config.toml")
+    assert used.data.zca == values["data"]["zca"] and used.evaluate.weight_decay == values["evaluate"]["weight_decay"]
 
 
 def test_a_set_that_does_not_fit_is_one_line(
