@@ -7,14 +7,15 @@ import ctypes
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from ddpp import config as configuration
+from ddpp import runs
 from ddpp.config import SECTIONS, Config
 from ddpp.errors import UserError, nearest
-from ddpp.runs import Stopped
 
 Main = Callable[[Config, argparse.Namespace], None]
 _MEMORY_ADVICE = (
@@ -83,7 +84,7 @@ def run(
             raise
         print(f"ddpp.{stage}: error: {_MEMORY_ADVICE} ({str(e).splitlines()[0]})", file=sys.stderr)
         return 2
-    except Stopped as e:
+    except runs.Stopped as e:
         print(f"ddpp.{stage}: {e}", file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt:
@@ -95,6 +96,23 @@ def run(
 def _out_of_memory(error: BaseException) -> bool:
     """The CPU's allocator has no exception of its own."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def add_run_folder(parser: argparse.ArgumentParser) -> None:
+    """What stages take that read a run with its data set: its folder, and where its data are by now."""
+    parser.add_argument("folder", metavar="RUN", help="Run folder of ddpp.distill.")
+    parser.add_argument(
+        "--data-root",
+        dest="data.data_root",
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="Folder of the data sets, if it is another than when the run was made.",
+    )
+
+
+def config_of_run(args: argparse.Namespace) -> Config:
+    """The options that the run of :func:`add_run_folder` was made with."""
+    return runs.saved_config(Path(args.folder))
 
 
 def device(config: Config) -> torch.device:

@@ -183,12 +183,8 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     print(f"\nwritten: {folder}/continual.json, continual.png")
 
 
-def _saved(args: argparse.Namespace) -> Config:
-    return runs.saved_config(Path(args.folder))
-
-
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", help="Run folder of ddpp.distill, whose synthetic set is the memory.")
+    cli.add_run_folder(parser)
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="Groups in which the classes come.")
     parser.add_argument("--orders", type=int, default=5, metavar="N", help="Random orders of the classes.")
 
@@ -196,7 +192,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Learn classes group by group with a distilled memory, beside herding and random real images."
     return cli.run(
-        "continual", description, "evaluate", ("evaluate", "run"), _run, argv, arguments=_arguments, base=_saved
+        "continual",
+        description,
+        "evaluate",
+        ("evaluate", "run"),
+        _run,
+        argv,
+        arguments=_arguments,
+        base=cli.config_of_run,
     )
 
 

@@ -282,7 +282,8 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     problem = Problem(config, dataset, network, [], groups, device)
     method = method_class(problem)  # may refuse, before there is a folder or a teacher
     base = Path("runs") / f"{dataset.name}-{settings.method}-ipc{settings.ipc}-seed{seed}"
-    folder = runs.open_folder(Path(args.out) if args.out else runs.unused_folder(base), config, resume=args.resume)
+    out = Path(args.out) if args.out else runs.unused_folder(base)
+    folder = runs.open_folder(out, config, dataset.describe(), resume=args.resume)
     print(f"run folder: {folder}")
 
     began = time.perf_counter()

@@ -364,10 +364,6 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     print(f"\nwritten: {folder}/evaluation.json")
 
 
-def _saved(args: argparse.Namespace) -> Config:
-    return runs.saved_config(Path(args.folder))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(
         "evaluate",
@@ -376,8 +372,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("evaluate", "run"),
         _run,
         argv,
-        arguments=lambda parser: parser.add_argument("folder", metavar="RUN", help="Run folder of ddpp.distill."),
-        base=_saved,
+        arguments=cli.add_run_folder,
+        base=cli.config_of_run,
     )
 
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from ddpp.errors import UserError
 
 TEMPORARY = ".partial-"
 #: Options of the machine: a run may go on with others, though not to the same bytes.
-OF_THE_MACHINE = ("run.device", "run.threads", "run.cuda_graphs", "data.download")
+OF_THE_MACHINE = ("run.device", "run.threads", "run.cuda_graphs", "data.data_root", "data.download")
 
 
 @contextlib.contextmanager
@@ -233,28 +234,31 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
-def open_folder(path: Path, config: Config, *, resume: bool) -> Path:
+def open_folder(path: Path, config: Config, data: dict[str, Any], *, resume: bool) -> Path:
     """Makes a run folder and saves the resolved configuration, or checks that it holds this very run.
 
     A run that goes on with other :data:`OF_THE_MACHINE` saves those.
 
+    Args:
+        data: describes the run's data set; its ``fingerprint`` must not change.
+
     Raises:
         UserError: it holds another run, an unfinished one without ``resume``, or foreign files.
     """
-    saved = path / "config.toml"
-    if saved.is_file():
+    if (path / "config.toml").is_file():
         check_same_run(path, config, OF_THE_MACHINE if resume else ())
         if not resume:
             finished = (path / "results.json").is_file()
             advice = "a finished run. Choose" if finished else "an unfinished run. Continue it with --resume, or choose"
             raise UserError(f"{path} holds {advice} another --out.")
-        write_text(saved, config.to_toml())
-        return path
-    if resume:
+        if (path / "data.json").is_file():
+            check_same_data(path, read_json(path / "data.json"), data["fingerprint"])
+    elif resume:
         raise UserError(f"{path} holds no run to resume")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not a run folder. Choose another --out.")
-    write_text(saved, config.to_toml())
+    write_text(path / "config.toml", config.to_toml())
+    write_json(path / "data.json", data)
     return path
 
 
@@ -271,10 +275,9 @@ def saved_config(folder: Path) -> Config:
 
 
 def discard(folder: Path) -> None:
-    """Removes a run folder that holds no more than its configuration."""
-    if [entry.name for entry in folder.iterdir()] == ["config.toml"]:
-        (folder / "config.toml").unlink()
-        folder.rmdir()
+    """Removes a run folder that holds no more than :func:`open_folder` wrote."""
+    if {entry.name for entry in folder.iterdir()} == {"config.toml", "data.json"}:
+        shutil.rmtree(folder)
 
 
 def check_same_run(path: Path, config: Config, but: Collection[str] = ()) -> None:

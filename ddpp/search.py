@@ -219,12 +219,8 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     print(f"\nwritten: {folder}/search.json, search.png")
 
 
-def _saved(args: argparse.Namespace) -> Config:
-    return runs.saved_config(Path(args.folder))
-
-
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", help="Run folder of ddpp.distill.")
+    cli.add_run_folder(parser)
     parser.add_argument("--depths", nargs="+", type=int, metavar="N", help="By default what suits the image's size.")
     parser.add_argument("--widths", nargs="+", type=int, default=[32, 64], metavar="N")
     parser.add_argument("--norm", nargs="+", default=["none", "instance", "layer"], metavar="NAME")
@@ -235,7 +231,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Rank a grid of ConvNets on a distilled set and compare the ranking with that of all real data."
     return cli.run(
-        "search", description, "evaluate", ("evaluate", "run"), _run, argv, arguments=_arguments, base=_saved
+        "search", description, "evaluate", ("evaluate", "run"), _run, argv, arguments=_arguments, base=cli.config_of_run
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpp import compare, continual, distill, evaluate, scores, search, synthetic
+from ddpp import compare, continual, data, distill, evaluate, scores, search, synthetic
 from ddpp.errors import UserError
 
 TOY = [
@@ -126,6 +126,20 @@ def test_continual_learning_with_three_memories(
     for wrong in (["--steps", "11"], ["--orders", "0"]):
         assert continual.main([str(finished), *wrong]) == 2
         assert f"error: {wrong[0]} must be" in capsys.readouterr().err
+
+
+def test_a_run_is_used_where_its_data_are_by_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("train", "test"):
+        data.folder.write(tmp_path / "old" / part, torch.rand(40, 3, 8, 8), ["cat", "dog"])
+    made = ["--dataset", "folder", "--data-root", str(tmp_path / "old"), "--out", str(tmp_path / "run")]
+    assert distill.main([*TOY, *made]) == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    few = [str(tmp_path / "run"), "--epochs", "1"]
+    grid = ["--widths", "4", "--depths", "1", "--full-epochs", "1"]
+    for stage, options in ((evaluate.main, []), (continual.main, ["--steps", "2"]), (search.main, grid)):
+        assert stage([*few, *options]) == 2
+        assert "Name the tree with --data-root" in capsys.readouterr().err
+        assert stage([*few, *options, "--data-root", str(tmp_path / "new")]) == 0
 
 
 def test_only_the_classes_seen_are_learned_and_tested() -> None:

@@ -100,30 +100,44 @@ def test_a_log_on_a_full_disk_is_said(tmp_path: Path) -> None:
 
 
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
-    folder, config = tmp_path / "run", Config()
-    runs.open_folder(folder, config, resume=False)
+    folder, config, data = tmp_path / "run", Config(), {"fingerprint": "a"}
+    runs.open_folder(folder, config, data, resume=False)
     other = config.with_values({"distill": {"ipc": 10}}, "test")
     with pytest.raises(UserError, match=r"holds another run \(distill.ipc is 1 there and 10 here\)"):
-        runs.open_folder(folder, other, resume=True)
+        runs.open_folder(folder, other, data, resume=True)
     with pytest.raises(UserError, match=r"unfinished run\. Continue it with --resume, or choose another --out\."):
-        runs.open_folder(folder, config, resume=False)
+        runs.open_folder(folder, config, data, resume=False)
     elsewhere = config.with_values({"run": {"threads": 3, "device": "cpu"}}, "test")
     with pytest.raises(UserError, match=r"holds another run \(run.device is 'auto' there and 'cpu' here, run.threads"):
-        runs.open_folder(folder, elsewhere, resume=False)
-    assert runs.open_folder(folder, elsewhere, resume=True) == folder and runs.saved_config(folder) == elsewhere
-    runs.open_folder(folder, config, resume=True)
+        runs.open_folder(folder, elsewhere, data, resume=False)
+    assert runs.open_folder(folder, elsewhere, data, resume=True) == folder and runs.saved_config(folder) == elsewhere
+    runs.open_folder(folder, config, data, resume=True)
     (folder / "results.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds a finished run\. Choose another --out\."):
-        runs.open_folder(folder, config, resume=False)
+        runs.open_folder(folder, config, data, resume=False)
     with pytest.raises(UserError, match=r"absent is no run folder of ddpp\.distill: it holds no config\.toml"):
         runs.saved_config(tmp_path / "absent")
-    assert runs.open_folder(folder, config, resume=True) == folder
+    assert runs.open_folder(folder, config, data, resume=True) == folder
     with pytest.raises(UserError, match="holds no run to resume"):
-        runs.open_folder(tmp_path / "absent", config, resume=True)
+        runs.open_folder(tmp_path / "absent", config, data, resume=True)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="is not a run folder"):
-        runs.open_folder(tmp_path / "foreign", config, resume=False)
+        runs.open_folder(tmp_path / "foreign", config, data, resume=False)
+
+
+def test_a_run_goes_on_with_the_same_data_wherever_they_are(tmp_path: Path) -> None:
+    config, moved = (Config().with_values({"data": {"data_root": name}}, "test") for name in ("here", "there"))
+    runs.open_folder(tmp_path / "run", config, {"fingerprint": "a"}, resume=False)
+    with pytest.raises(UserError, match="distilled from other data than its data set holds now; check --data-root"):
+        runs.open_folder(tmp_path / "run", moved, {"fingerprint": "b"}, resume=True)
+    assert runs.saved_config(tmp_path / "run") == config
+    runs.open_folder(tmp_path / "run", moved, {"fingerprint": "a"}, resume=True)
+    assert runs.saved_config(tmp_path / "run") == moved
+    (tmp_path / "run" / "data.json").unlink()  # as in a run of an earlier version
+    runs.open_folder(tmp_path / "run", config, {"fingerprint": "b"}, resume=True)
+    runs.discard(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_unused_folder_counts_up(tmp_path: Path) -> None:
