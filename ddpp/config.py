@@ -28,9 +28,10 @@ def option(
 @dataclass(frozen=True)
 class DataConfig:
     dataset: str = option("digits", "Data set: digits needs no files; folder reads any ImageFolder tree.")
-    data_root: str = option("data", "Folder of the data sets; for folder, the tree with train/ and test/.")
+    data_root: str = option("data", "Folder of the data sets; for folder, the tree with train/ and test/, or val/.")
     download: bool = option(False, "Download the data set into the data root if it is missing.")
     image_size: int | None = option(None, "Resize images of a folder data set to this many pixels a side.", low=4)
+    classes: tuple[str, ...] = option((), "Only these classes of a folder data set.")
     zca: bool = option(False, "Whiten images with ZCA instead of normalising each channel.")
     validation: float = option(0.1, "Share of the training images held out for --select val.", low=0, high=0.9)
 

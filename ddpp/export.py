@@ -50,7 +50,7 @@ def export(folder: Path, to: Path) -> None:
     for name, value in tensors.items():
         with runs.replacing(to / f"{name}.pt") as temporary:
             torch.save(value, temporary)
-    data.folder.write(to / "pixels", data.to_pixels_from(transform, held.images), meta["classes"])
+    data.pictures.write(to / "pixels", data.to_pixels_from(transform, held.images), meta["classes"])
     runs.write_text(to / "README.md", _text(held, meta, "whiten" in transform))
 
 

@@ -1,6 +1,7 @@
 """Data sets: reading, splitting, normalising, whitening, and what bad input gets."""
 
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,16 @@ def test_grey_images_and_palettes(tree: Path) -> None:
 
 
 @needs_torchvision
+@pytest.mark.parametrize(("part", "name", "index"), [("train", "cat/0.png", 0), ("test", "dog/1.png", 3)])
+def test_a_grey_image_among_coloured_ones_is_one_of_them(tree: Path, part: str, name: str, index: int) -> None:
+    """As ImageNet has them."""
+    save_image(tree / part / name, np.full((6, 6), 100))
+    found = read(tree, validation=0.0)
+    images = found.train_images if part == "train" else found.test_images
+    torch.testing.assert_close(found.to_pixels(images)[index], torch.full((3, 6, 6), 100 / 255), atol=1e-5, rtol=0)
+
+
+@needs_torchvision
 def test_images_of_any_size_with_image_size(tree: Path) -> None:
     left_white = np.zeros((10, 30, 3))
     left_white[:, :6] = 255
@@ -240,10 +251,6 @@ def rename(tree: Path) -> None:
         (
             lambda t: save_image(t / "test" / "dog" / "1.png", np.zeros((6, 5, 3))),
             r"1\.png is 5x6 pixels, but .*--image-size",
-        ),
-        (
-            lambda t: save_image(t / "train" / "dog" / "3.png", np.zeros((6, 6))),
-            r"3\.png has 1 channels, but .* has 3",
         ),
         (
             lambda t: (t / "train" / "dog" / "3.png").write_bytes(b"no image"),
@@ -276,6 +283,106 @@ def deep(path: Path) -> None:
 def test_an_empty_root_says_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--data-root"):
         read(tmp_path)
+
+
+@needs_torchvision
+def test_some_classes_of_a_folder(tree: Path) -> None:
+    for part in ("train", "test"):
+        (tree / part / "cow").mkdir()
+        save_image(tree / part / "cow" / "0.png", np.zeros((6, 6, 3)))
+    assert read(tree).classes == ("cat", "cow", "dog")
+    found = read(tree, classes=("dog", "cow"), validation=0.0)
+    assert found.classes == ("cow", "dog") and found.train_labels.tolist() == [0, 1, 1, 1, 1, 1]
+    with pytest.raises(UserError, match=r"--classes catt: .*train has no such class; did you mean 'cat'\?"):
+        read(tree, classes=("dog", "catt"))
+    with pytest.raises(UserError, match="--classes is for --dataset folder, got it with digits"):
+        data.load(DataConfig(classes=("1", "2")))
+
+
+@needs_torchvision
+def test_val_is_tested_on_where_there_is_no_test(tree: Path) -> None:
+    wanted = read(tree)
+    (tree / "test").rename(tree / "val")
+    found = read(tree)
+    assert torch.equal(found.test_images, wanted.test_images) and found.fingerprint == wanted.fingerprint
+    remove(tree / "val" / "dog"), (tree / "val" / "dog").rmdir()
+    with pytest.raises(UserError, match=r"train and val in .* must have the same classes, but only one has dog"):
+        read(tree)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """Tiny ImageNet of three classes of four images to train on, some grey, and two to test on."""
+    root, draw = tmp_path / "data" / "tiny-imagenet-200", np.random.default_rng(0)
+    numbers, rows = ["n02", "n01", "n03"], []
+    for number in numbers:
+        for i in range(4):
+            pixels = draw.integers(0, 256, (64, 64) if i == 2 else (64, 64, 3))
+            save_image(root / "train" / number / "images" / f"{number}_{i}.JPEG", pixels)
+        for _ in range(2):
+            rows.append(f"val_{len(rows)}.JPEG\t{number}\t0\t0\t62\t62")
+            save_image(root / "val" / "images" / f"val_{len(rows) - 1}.JPEG", draw.integers(0, 256, (64, 64, 3)))
+    save_image(root / "test" / "images" / "test_0.JPEG", np.zeros((64, 64, 3)))  # without a label
+    (root / "val" / "val_annotations.txt").write_text("\n".join(rows) + "\n")
+    (root / "wnids.txt").write_text("\n".join(numbers))
+    (root / "words.txt").write_text("n01\tcrane, lifting device\nn02\tcrane\nn03\tgoldfish, Carassius auratus\nn04\tox")
+    return root
+
+
+@needs_torchvision
+def test_tiny_imagenet(tiny: Path) -> None:
+    found = data.load(DataConfig(dataset="tinyimagenet", data_root=str(tiny.parent), validation=0.0))
+    assert found.classes == ("n01", "n02", "goldfish") and found.shape == (3, 64, 64)
+    assert found.train_labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert found.test_labels.tolist() == [1, 1, 0, 0, 2, 2]
+    for images, index, path in (
+        (found.train_images, 5, "train/n02/images/n02_1"),
+        (found.test_images, 2, "val/images/val_2"),
+    ):
+        picture = np.asarray(Image.open(tiny / f"{path}.JPEG")).transpose(2, 0, 1) / 255
+        np.testing.assert_allclose(found.to_pixels(images)[index], picture, atol=1e-5)
+    grey = found.to_pixels(found.train_images)[2]
+    torch.testing.assert_close(grey[0], grey[2])
+
+
+@needs_torchvision
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: (t / "wnids.txt").unlink(), r"cannot read .*wnids\.txt .*Pass --download to fetch it"),
+        (lambda t: remove(t / "train" / "n03" / "images"), "is incomplete: it lacks images of a class"),
+        (lambda t: (t / "wnids.txt").write_text("n01\nn02"), "is incomplete"),
+        (lambda t: (t / "val" / "images" / "val_3.JPEG").unlink(), r"cannot read the image .*val_3\.JPEG"),
+    ],
+)
+def test_an_incomplete_tiny_imagenet_is_named(tiny: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(tiny)
+    with pytest.raises(UserError, match=message):
+        data.load(DataConfig(dataset="tinyimagenet", data_root=str(tiny.parent)))
+
+
+@needs_torchvision
+def test_tiny_imagenet_is_fetched_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import utils
+
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tiny.parent, tiny.name)
+    fetched = []
+
+    def fetch(url: str, root: str, md5: str) -> None:
+        fetched.append((url, md5))
+        utils.extract_archive(archive, root)
+
+    monkeypatch.setattr(utils, "download_and_extract_archive", fetch)
+    config = DataConfig(dataset="tinyimagenet", data_root=str(tmp_path / "new"), download=True)
+    assert data.load(config).fingerprint == data.load(config).fingerprint
+    assert fetched == [(data.tinyimagenet.URL, data.tinyimagenet.MD5)]
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(utils, "download_and_extract_archive", fails)
+    with pytest.raises(UserError, match=r"could not be fetched or unpacked \(ConnectionError: no route\)\. Try again"):
+        data.load(DataConfig(dataset="tinyimagenet", data_root=str(tmp_path / "other"), download=True))
 
 
 @needs_torchvision

@@ -130,7 +130,7 @@ def test_continual_learning_with_three_memories(
 
 def test_a_run_is_used_where_its_data_are_by_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("train", "test"):
-        data.folder.write(tmp_path / "old" / part, torch.rand(40, 3, 8, 8), ["cat", "dog"])
+        data.pictures.write(tmp_path / "old" / part, torch.rand(40, 3, 8, 8), ["cat", "dog"])
     made = ["--dataset", "folder", "--data-root", str(tmp_path / "old"), "--out", str(tmp_path / "run")]
     assert distill.main([*TOY, *made]) == 0
     (tmp_path / "old").rename(tmp_path / "new")

@@ -118,12 +118,12 @@ def test_a_folder_of_pictures_comes_in(run: Path, exported: Path, digits: Datase
 
 def test_classes_of_pictures_are_known_by_name(tmp_path: Path) -> None:
     pixels = torch.rand(6, 3, 8, 8)
-    data.folder.write(tmp_path / "set", pixels, ["T-shirt/top", "Bag", "Coat"])
-    found, labels = data.folder.pictures(tmp_path / "set", ["Coat", "T-shirt/top", "Bag"])
+    data.pictures.write(tmp_path / "set", pixels, ["T-shirt/top", "Bag", "Coat"])
+    found, labels = data.folder.read_classes(tmp_path / "set", ["Coat", "T-shirt/top", "Bag"])
     order = labels.argsort(stable=True)
     torch.testing.assert_close(found[order], pixels[[4, 5, 0, 1, 2, 3]], atol=3e-3, rtol=0)
     with pytest.raises(UserError, match="one folder a class of the data set; only one of both has Bag, Hat"):
-        data.folder.pictures(tmp_path / "set", ["Coat", "T-shirt/top", "Hat"])
+        data.folder.read_classes(tmp_path / "set", ["Coat", "T-shirt/top", "Hat"])
 
 
 def layouts(images: Tensor, labels: Tensor, folder: Path) -> dict[str, list[str]]:
@@ -176,7 +176,7 @@ def test_images_of_another_space_are_brought_to_that_of_networks(zca: bool, spac
     """A folder is normalised by ImageNet's constants in published codes."""
     generator = torch.Generator().manual_seed(0)
     for part in ("train", "test"):
-        data.folder.write(tmp_path / part, torch.rand(12, 3, 8, 8, generator=generator), ["cat", "dog"])
+        data.pictures.write(tmp_path / part, torch.rand(12, 3, 8, 8, generator=generator), ["cat", "dog"])
     dataset = data.load(DataConfig(dataset="folder", data_root=str(tmp_path), zca=zca))
     pixels = torch.rand(2, 3, 8, 8, generator=generator)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in PUBLISHED["folder"])
@@ -191,7 +191,7 @@ def test_images_of_another_space_are_brought_to_that_of_networks(zca: bool, spac
 @pytest.mark.parametrize("preset", ["pad-cifar10-ipc1", "datm-cifar10-ipc10", "tesla-cifar10-ipc1", "dm-cifar10-ipc1"])
 def test_the_preset_that_a_set_was_made_by_gives_the_protocol(preset: str, tmp_path: Path) -> None:
     for part in ("train", "test"):
-        data.folder.write(tmp_path / part, torch.rand(40, 3, 8, 8), ["cat", "dog"])
+        data.pictures.write(tmp_path / part, torch.rand(40, 3, 8, 8), ["cat", "dog"])
     options = ["--preset", preset, "--dataset", "folder", "--data-root", str(tmp_path), "--ipc", "2"]
     values = config.read_preset(preset)
     soft = values["distill"].get("labels") == "soft"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddpp import seeds
 from ddpp.config import DataConfig
-from ddpp.data import digits, folder, torchvision_sets
+from ddpp.data import digits, folder, pictures, tinyimagenet, torchvision_sets
 from ddpp.data.base import DATASETS, Raw
 from ddpp.data.preprocess import Transform, apply, fit_channels, fit_zca, from_pixels, to_pixels_from
 from ddpp.data.split import stratified
@@ -25,6 +25,8 @@ __all__ = [
     "folder",
     "from_pixels",
     "load",
+    "pictures",
+    "tinyimagenet",
     "to_pixels_from",
     "torchvision_sets",
 ]
@@ -78,8 +80,9 @@ def load(config: DataConfig) -> Dataset:
         UserError: unknown name, missing, damaged or unfit data; the message says which and what to do.
     """
     reader = DATASETS.get(config.dataset)
-    if config.image_size and config.dataset != "folder":
-        raise UserError(f"--image-size is for --dataset folder, got it with {config.dataset}. Leave it out.")
+    for name, value in (("--image-size", config.image_size), ("--classes", config.classes)):
+        if value and config.dataset != "folder":
+            raise UserError(f"{name} is for --dataset folder, got it with {config.dataset}. Leave it out.")
     raw = reader(config)
     _check(raw)
     train, held_out = stratified(raw.train_labels, config.validation, seeds.generator(0, "validation"))

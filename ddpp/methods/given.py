@@ -27,6 +27,7 @@ PUBLISHED = {
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "mnist": ((0.1307,), (0.3081,)),
     "fashionmnist": ((0.2861,), (0.3530,)),
+    "tinyimagenet": _IMAGENET,
     "folder": _IMAGENET,
 }
 _OF_NUMPY = ("float64", "float32", "int64", "int32")  # accuracies that stand beside images in a file
@@ -117,7 +118,7 @@ def _read(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor | None, Tens
     if first.is_dir():
         if others or settings.given_space != "pixels":
             raise UserError(f"{first} is a folder of pictures; name it alone and give --given-space pixels")
-        pixels, classes = data.folder.pictures(first, dataset.classes, config.data.image_size)
+        pixels, classes = data.folder.read_classes(first, dataset.classes, config.data.image_size)
         return pixels, classes, torch.tensor(settings.step_size)
     images, *more = *_pair(_load(first), first), *(_tensor(_load(path), path) for path in others)
     labels, step_size = [*more, None, None][:2]

@@ -1,0 +1,112 @@
+"""Picture files: many at once as one tensor, and a tensor as files of their classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from ddpp import runs
+from ddpp.data.base import library
+from ddpp.errors import UserError
+
+_CHUNK = 256  # files that a thread decodes in a row
+_PROGRESS_FROM = 2000  # files
+_GREY = ("1", "L", "LA")
+
+
+def decode(paths: Sequence[str], image_size: int | None = None) -> Tensor:
+    """All images as one tensor, grey if all are, else RGB. [N, C, H, W] uint8
+
+    Palettes become RGB, grey images among coloured ones too, and transparency is dropped. All must be square and of
+    one size, unless ``image_size`` is given: then the shorter side is resized to it (bilinear, antialiased) and the
+    centre kept.
+
+    Raises:
+        UserError: an image cannot be read, has more than 8 bits a channel, or another size. The message names it.
+    """
+    mode = "L" if all(_mode(path) in _GREY for path in paths) else "RGB"  # ends at the first one with colour
+    first = _read(paths[0], image_size, mode)
+    height, width, channels = first.shape
+    if height != width:
+        raise UserError(f"{paths[0]} is {_size(first)}, but must be square. Crop images with --image-size.")
+    images = np.empty((len(paths), channels, height, width), dtype=np.uint8)
+
+    def decode_chunk(start: int) -> int:
+        chunk = range(start, min(start + _CHUNK, len(paths)))
+        for i in chunk:
+            image = _read(paths[i], image_size, mode)
+            if image.shape != first.shape:
+                sizes = f"{paths[i]} is {_size(image)}, but {paths[0]} is {_size(first)}"
+                raise UserError(f"{sizes}. Make them equal with --image-size.")
+            images[i] = image.transpose(2, 0, 1)
+        return len(chunk)
+
+    progress = tqdm(total=len(paths), desc="read images", unit="image", disable=len(paths) < _PROGRESS_FROM)
+    with ThreadPoolExecutor() as pool, progress:
+        try:
+            for count in pool.map(decode_chunk, range(0, len(paths), _CHUNK)):
+                progress.update(count)
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return torch.from_numpy(images)
+
+
+def write(root: Path, pixels: Tensor, classes: Sequence[str]) -> None:
+    """Writes pictures, 8 bits a channel: ``<class>/<number>.png``.
+
+    Args:
+        pixels: grey or RGB, from 0 to 1, as many of each class, class by class. [N, C, H, W]
+        classes: the names; see :func:`folder_name`.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    pillow, ipc = library("PIL.Image"), len(pixels) // len(classes)
+    values = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # [N, H, W, C]
+    for number, picture in enumerate(values):
+        name = f"{number % ipc:04d}.png"
+        with runs.replacing(root / folder_name(classes[number // ipc]) / name) as temporary:
+            pillow.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(temporary)
+
+
+def folder_name(class_name: str) -> str:
+    """A class's name where no / can stand."""
+    return class_name.replace("/", "-")
+
+
+def _mode(path: str) -> str:
+    """Pillow's name of the channels, from the file's head; empty where it cannot be read."""
+    pillow = library("PIL.Image")
+    try:
+        with pillow.open(path) as image:
+            return str(image.mode)
+    except (OSError, SyntaxError, pillow.DecompressionBombError):
+        return ""
+
+
+def _read(path: str, image_size: int | None, mode: str) -> NDArray[np.uint8]:
+    """One image. [H, W, C]"""
+    pillow, transforms = library("PIL.Image"), library("torchvision.transforms.functional")
+    try:
+        with pillow.open(path) as image:
+            if image.mode[0] in "IF":
+                raise UserError(f"{path} has more than 8 bits a channel. Convert it to an 8-bit image.")
+            image = image.convert(mode)
+    except (OSError, SyntaxError, pillow.DecompressionBombError) as e:
+        raise UserError(f"cannot read the image {path}: {e}. Replace or remove the file.") from e
+    if image_size and image.size != (image_size, image_size):
+        image = transforms.center_crop(transforms.resize(image, image_size), image_size)
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _size(image: NDArray[np.uint8]) -> str:
+    return f"{image.shape[1]}x{image.shape[0]} pixels"
