@@ -40,7 +40,8 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
         The folder: ``config.teachers.folder``, or one named after data set and architecture.
 
     Raises:
-        UserError: the folder holds other teachers or foreign files, cannot be written, or a teacher diverged.
+        UserError: the folder holds other teachers or their first epochs, or foreign files, cannot be written, or a
+            teacher diverged.
         runs.Stopped: a signal asked to stop; finished teachers and epochs are kept.
     """
     folder, count = folder_of(config, dataset), config.teachers.count

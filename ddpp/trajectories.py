@@ -150,7 +150,10 @@ class Begun:
     Args:
         folder: of the teachers.
         index: the teacher's.
-        meta: all that its bytes depend on; rows that another teacher left are not taken.
+        meta: all that its bytes depend on.
+
+    Raises:
+        UserError: rows of a teacher of other options are there.
 
     Attributes:
         snapshots: float32 vectors on the CPU. [P] each
@@ -201,12 +204,19 @@ class Begun:
         return self.folder / f"rows-{first:06d}.safetensors"
 
     def _take(self, path: Path) -> None:
-        """Adds a file's rows, or removes the file where it is damaged, foreign, or what it follows is missing."""
+        """Adds a file's rows, or removes the file where it is damaged or what it follows is missing."""
         try:
             tensors, found = runs.read_tensors(path, "teacher in training")
         except UserError:
-            found = {}
-        if found != {**self.meta, "first": len(self.snapshots)}:
+            path.unlink()
+            return
+        for part, value in self.meta.items():
+            if found.get(part) != value:
+                raise UserError(
+                    f"{self.folder} holds the first epochs of a teacher of another {part}. Give the same options, "
+                    "remove it, or name another folder of teachers."
+                )
+        if found["first"] != len(self.snapshots):
             path.unlink()
             return
         self.snapshots += tensors.pop("snapshots").unbind()
