@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ddpp.errors import UserError
 from ddpp.scores import Difference
 
 _EQUAL = ("data", "model", "augment", "evaluate")  # sections that two runs must share to be compared
+_OF_OTHER_ROWS = ("full_epochs", "full_lr", "models", "augmentations")
+_MAY_DIFFER = (*runs.OF_THE_MACHINE, *(f"evaluate.{name}" for name in _OF_OTHER_ROWS))
 
 
 def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:
@@ -53,7 +56,9 @@ def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:
 def _read(folder: Path) -> dict[str, Any]:
     results = runs.read_json(folder / "results.json", "it is no finished run")
     _, meta = synthetic.load(folder / "synthetic.safetensors")
-    return {**results, "fingerprint": meta["fingerprint"]}
+    # A run of an earlier version lacks options; they are what they are by default.
+    config = Config().with_values(results["config"], f"{folder}/results.json")
+    return {**results, "config": asdict(config), "fingerprint": meta["fingerprint"]}
 
 
 def _check_alike(a: dict[str, Any], b: dict[str, Any], names: tuple[Path, Path]) -> None:
@@ -69,7 +74,7 @@ def _check_alike(a: dict[str, Any], b: dict[str, Any], names: tuple[Path, Path])
     for section in _EQUAL:
         for key, value in a["config"][section].items():
             other = b["config"][section].get(key)
-            if value != other and key not in ("data_root", "full_epochs", "full_lr", "models", "augmentations"):
+            if value != other and f"{section}.{key}" not in _MAY_DIFFER:
                 raise UserError(f"{between}: {section}.{key} is {value!r} and {other!r}")
 
 

@@ -101,6 +101,16 @@ def test_runs_that_cannot_be_compared_are_refused(
     assert message in capsys.readouterr().err
 
 
+def test_runs_of_two_machines_and_versions_are_compared(finished: Path, tmp_path: Path) -> None:
+    other = changed(finished, tmp_path / "other", "data", "data_root", "elsewhere")
+    results = json.loads((other / "results.json").read_text())
+    results["config"]["data"]["download"] = True
+    del results["config"]["data"]["classes"], results["config"]["distill"]["given"]  # as before they were options
+    (other / "results.json").write_text(json.dumps(results))
+    assert compare.main(["--first", str(finished), "--second", str(other)]) == 0
+    assert compare.main(["--first", str(other), "--second", str(finished)]) == 0
+
+
 def test_runs_of_different_data_are_refused(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     shutil.copytree(finished, other)
