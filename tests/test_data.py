@@ -291,7 +291,7 @@ def test_some_classes_of_a_folder(tree: Path) -> None:
         (tree / part / "cow").mkdir()
         save_image(tree / part / "cow" / "0.png", np.zeros((6, 6, 3)))
     assert read(tree).classes == ("cat", "cow", "dog")
-    found = read(tree, classes=("dog", "cow"), validation=0.0)
+    found = read(tree, classes=("dog", "cow", "dog"), validation=0.0)
     assert found.classes == ("cow", "dog") and found.train_labels.tolist() == [0, 1, 1, 1, 1, 1]
     with pytest.raises(UserError, match=r"--classes catt: .*train has no such class; did you mean 'cat'\?"):
         read(tree, classes=("dog", "catt"))
@@ -300,9 +300,12 @@ def test_some_classes_of_a_folder(tree: Path) -> None:
 
 
 @needs_torchvision
-def test_val_is_tested_on_where_there_is_no_test(tree: Path) -> None:
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_val_is_tested_on_where_there_is_no_test(unlabelled: bool, tree: Path) -> None:
     wanted = read(tree)
     (tree / "test").rename(tree / "val")
+    if unlabelled:  # as ImageNet's
+        save_image(tree / "test" / "0.png", np.zeros((6, 6, 3)))
     found = read(tree)
     assert torch.equal(found.test_images, wanted.test_images) and found.fingerprint == wanted.fingerprint
     remove(tree / "val" / "dog"), (tree / "val" / "dog").rmdir()

@@ -1,4 +1,4 @@
-"""Any tree of images: ``train/<class>/*`` and ``test/<class>/*``, or ``val``, under the data root."""
+"""Any tree of images under the data root: ``train/<class>/*`` and ``test/<class>/*``, or else ``val/<class>/*``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def folder(config: DataConfig) -> Raw:
             be read, or images differ in size. The message names the file.
     """
     root = Path(config.data_root)
-    tested = "val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test"
+    tested = next((part for part in ("test", "val") if any((root / part).glob("*/"))), "test")
     train, test = (_list(root / part, config.classes) for part in ("train", tested))
     if train.classes != test.classes:
         odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
@@ -76,7 +76,7 @@ def _list(part: Path, chosen: Collection[str] = ()) -> Listing:
         classes, _ = reader.find_classes(str(part))
         for name in (name for name in chosen if name not in classes):
             raise UserError(f"--classes {name}: {part} has no such class{nearest(name, classes)}")
-        classes = sorted(chosen) or classes
+        classes = sorted(set(chosen)) or classes
         places = {name: label for label, name in enumerate(classes)}
         samples = reader.make_dataset(str(part), places, reader.IMG_EXTENSIONS)
     except FileNotFoundError as e:
