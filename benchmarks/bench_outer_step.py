@@ -3,7 +3,7 @@
 The reference keeps the graph of all J steps in plain PyTorch (GroupNorm, avg_pool2d, create_graph), as published codes
 do. Interleaved rounds of all sides in one process, then the memory of one step in fresh processes:
 
-    python benchmarks/bench_outer_step.py [--threads 2] [--rounds 5] [--keep-pages] [--sides SIDE ...]
+    python benchmarks/bench_outer_step.py [--threads 2] [--rounds 5] [--keep-pages] [--larger] [--sides SIDE ...]
     python benchmarks/bench_outer_step.py --errors 10 [--sides SIDE ...]
 
 Memory is the peak of the resident set above that at the start of the step, everything included.
@@ -33,31 +33,33 @@ from ddpp.config import ModelConfig
 from ddpp.models import flat
 from ddpp.unroll import Matching, matching_gradients, provider
 
-SHAPE, CLASSES = (3, 32, 32), 10
+CLASSES = 10
 
 Side = Callable[[], Matching]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A synthetic set and how its student is trained; ConvNet-D3 of width 128."""
+    """A synthetic set and how its student is trained; ConvNet of width 128 and the depth that suits the images."""
 
     ipc: int
     batch: int
     inner_steps: int
+    side: int = 32  # pixels
 
     def problem(self, seed: int = 0) -> dict[str, Any]:
         """Arguments of :func:`matching_gradients`. Each parameter of the target is a tenth away from the start."""
         draw = torch.Generator().manual_seed(seed)
-        network = models.build(ModelConfig(), SHAPE, CLASSES, seed=seed)
+        shape = 3, self.side, self.side
+        network = models.build(ModelConfig(), shape, CLASSES, seed=seed)
         start = flat.flatten(network)
         count = self.ipc * CLASSES
-        size = self.inner_steps, self.batch, *SHAPE[1:]
+        size = self.inner_steps, self.batch, *shape[1:]
         return {
             "network": network,
             "start": start,
             "target": start * (1 + 0.1 * torch.randn(start.shape, generator=draw)),
-            "images": torch.randn(count, *SHAPE, generator=draw),
+            "images": torch.randn(count, *shape, generator=draw),
             "labels": torch.arange(CLASSES).repeat_interleave(self.ipc),
             "lr": torch.tensor(0.01),
             "batches": [torch.randperm(count, generator=draw)[: self.batch] for _ in range(self.inner_steps)],
@@ -67,6 +69,8 @@ class Case:
 
 CASES = {"IPC 1, J = 50": Case(1, 10, 50), "batch 100, J = 10": Case(10, 100, 10)}
 LONGER = {"IPC 1, J = 10": Case(1, 10, 10), "IPC 1, J = 80": Case(1, 10, 80), "IPC 50, J = 80": Case(50, 250, 80)}
+LARGER = {"64x64, batch 10, J = 20": Case(1, 10, 20, 64), "128x128, batch 10, J = 20": Case(1, 10, 20, 128)}
+ALL = CASES | LONGER | LARGER
 REFERENCE = "reference"
 #: Provider and Winograd tile of the adjoint engine, and whether planes are bfloat16.
 SIDES = {
@@ -146,7 +150,7 @@ def _status(field: str) -> float:
 
 def peak_here(case: str, name: str) -> float:
     """MB that one outer step, the first of this process, adds to the resident set at its highest."""
-    call = side(name, ({**CASES, **LONGER}[case]).problem())
+    call = side(name, ALL[case].problem())
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     before = _status("VmRSS")
     call()
@@ -159,25 +163,22 @@ def peak(case: str, name: str, threads: int) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def _print_times(rounds: int, names: Sequence[str]) -> None:
-    tables = {case: seconds(CASES[case], rounds, names) for case in CASES}
-    print(f"| seconds of an outer step | {' | '.join(CASES)} |\n|---|{'---|' * len(CASES)}")
+def _print_times(rounds: int, cases: Sequence[str], names: Sequence[str]) -> None:
+    tables = {case: seconds(ALL[case], rounds, names) for case in cases}
+    print(f"| seconds of an outer step | {' | '.join(cases)} |\n|---|{'---|' * len(cases)}")
     for name in (REFERENCE, *names):
         cells = [f"{t[name]:.3f} ({t[REFERENCE] / t[name]:.2f}x)" for t in tables.values()]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def _print_peaks(threads: int) -> None:
-    print(f"\n| MB above the start | {' | '.join(CASES)} |\n|---|{'---|' * len(CASES)}")
-    references = {case: peak(case, REFERENCE, threads) for case in CASES}
+def _print_peaks(threads: int, cases: Sequence[str], names: Sequence[str]) -> None:
+    print(f"\n| MB above the start | {' | '.join(cases)} |\n|---|{'---|' * len(cases)}")
+    references = {case: peak(case, REFERENCE, threads) for case in cases}
     print(f"| {REFERENCE} | {' | '.join(f'{mb:.0f}' for mb in references.values())} |")
-    for name in SIDES:
-        found = {case: peak(case, name, threads) for case in CASES}
+    for name in names:
+        found = {case: peak(case, name, threads) for case in cases}
         cells = [f"{mb:.0f} (1/{references[case] / mb:.1f})" for case, mb in found.items()]
         print(f"| {name} | {' | '.join(cells)} |")
-    for case in LONGER:
-        print(f"\n{case}, dual, F(2, 3): {peak(case, 'dual, F(2, 3)', threads):.0f} MB", end="")
-    print()
 
 
 def main() -> None:
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="times or errors of these alone")
     parser.add_argument("--keep-pages", action="store_true", help="malloc keeps its pages, for all sides")
+    parser.add_argument("--larger", action="store_true", help="images of 64x64 and 128x128, depths 4 and 5, memory too")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "SIDE"), help="print the memory of one step and end")
     parser.add_argument("--errors", type=int, metavar="SEEDS", help="print how far float32 is from float64, and end")
     args = parser.parse_args()
@@ -201,9 +203,15 @@ def main() -> None:
 
         assert keep_pages()
     print(f"{processor()}, {args.threads} threads, torch {torch.__version__}, pages kept: {args.keep_pages}\n")
-    _print_times(args.rounds, args.sides)
-    if not args.keep_pages and len(args.sides) == len(SIDES):
-        _print_peaks(args.threads)
+    cases = list(LARGER if args.larger else CASES)
+    _print_times(args.rounds, cases, args.sides)
+    if args.larger:
+        _print_peaks(args.threads, cases, args.sides)
+    elif not args.keep_pages and len(args.sides) == len(SIDES):
+        _print_peaks(args.threads, cases, args.sides)
+        for case in LONGER:
+            print(f"\n{case}, dual, F(2, 3): {peak(case, 'dual, F(2, 3)', args.threads):.0f} MB", end="")
+        print()
 
 
 if __name__ == "__main__":

@@ -293,6 +293,7 @@ def test_some_classes_of_a_folder(tree: Path) -> None:
     assert read(tree).classes == ("cat", "cow", "dog")
     found = read(tree, classes=("dog", "cow", "dog"), validation=0.0)
     assert found.classes == ("cow", "dog") and found.train_labels.tolist() == [0, 1, 1, 1, 1, 1]
+    assert found.name == "pets-cow-2"  # so that teachers of other classes have another folder
     with pytest.raises(UserError, match=r"--classes catt: .*train has no such class; did you mean 'cat'\?"):
         read(tree, classes=("dog", "catt"))
     with pytest.raises(UserError, match="--classes is for --dataset folder, got it with digits"):

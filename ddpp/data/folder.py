@@ -27,7 +27,8 @@ class Listing(NamedTuple):
 def folder(config: DataConfig) -> Raw:
     """Reads the tree under ``config.data_root``; the data set is named after that folder.
 
-    ``config.classes`` takes some of its classes; how images are read says :func:`ddpp.data.pictures.decode`.
+    ``config.classes`` takes some of its classes; the first one and their number are then part of the name. How images
+    are read says :func:`ddpp.data.pictures.decode`.
 
     Raises:
         UserError: a part, class or image is missing, train and test differ in their classes, an image cannot
@@ -40,8 +41,9 @@ def folder(config: DataConfig) -> Raw:
         odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
         raise UserError(f"train and {tested} in {root} must have the same classes, but only one has {odd}")
     images, count = pictures.decode(train.paths + test.paths, config.image_size), len(train.paths)
+    some = [train.classes[0], str(len(train.classes))] if config.classes else []
     return Raw(
-        name=root.resolve().name or "folder",
+        name="-".join([root.resolve().name or "folder", *some]),
         classes=tuple(train.classes),
         train_images=images[:count],
         train_labels=train.labels,
