@@ -119,7 +119,8 @@ class Evaluation:
         if kept is None:
             return self.network(*job)
         _, images, _, recipe, *_ = job
-        self._advance(recipe.epochs * len(images))
+        with self.progress.get_lock():
+            training.skip(self.progress, recipe.epochs * len(images))
         return Scores(*kept)
 
     def _advance(self, images: int) -> None:

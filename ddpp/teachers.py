@@ -62,6 +62,7 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
             path, meta = folder / trajectories.file_name(index), {**description, "seed": seed, "index": index}
             bar.set_postfix_str(path.stem)
             begun = Begun(folder, index, meta)
+            training.skip(bar, max(begun.epochs, 0) * len(dataset.train_labels))
             layout = _train_one(config, dataset, device, begun, partial(_advance, bar, interruption, begun))
             trajectories.write(path, begun.snapshots, begun.accuracy, {**meta, "layout": layout})
             begun.discard()
@@ -163,11 +164,8 @@ def _train_one(
         found = training.accuracy(model, images, labels, device=device, fused=fused, tile=tile)
         begun.add(flat.flatten(model).cpu(), found, _state(model, standing))
 
-    if begun.snapshots:
-        start = _go_on(model, begun)
-        on_step(start.epochs * len(dataset.train_labels))
-    else:
-        start = training.BEGINNING
+    start = _go_on(model, begun) if begun.snapshots else training.BEGINNING
+    if not begun.snapshots:
         keep(start)
     finite = training.fit(
         model,

@@ -128,6 +128,15 @@ def images_bar(what: str, total: int, *, done: int = 0, shown: bool = True) -> t
     return tqdm(total=total, initial=done, desc=what, unit=" images", unit_scale=True, disable=not shown)
 
 
+def skip(bar: tqdm[NoReturn], images: int) -> None:
+    """Counts images of an earlier training on a bar, where they say nothing of the speed of this one."""
+    if not bar.disable:
+        bar.initial += images
+        bar.n += images
+        bar.last_print_n += images
+        bar.refresh()
+
+
 def side_by_side(calls: Sequence[Callable[[], Result]], device: torch.device) -> Iterator[Result]:
     """The results of calls that train or test a network each, in their order.
 
