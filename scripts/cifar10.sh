@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole job on CIFAR-10, from a folder of images to accuracies: ZCA, 20 teachers of 15 epochs, one image a class by DDPP and
 # by MTT from the same seed and teachers, five networks on each. Run again with the same words after it was cut, it goes on
-# where it stopped: finished teachers stay, and distillation continues from its checkpoint.
+# where it stopped: a teacher after its last epoch, distillation from its checkpoint, an evaluation after its last network.
 #
 #     scripts/cifar10.sh DATA_ROOT OUT [options of ddpp.distill for both methods, such as --tf32]
 #
