@@ -128,7 +128,7 @@ def _configuration(target: Table, cell: Cell, config: Config, budget: str, given
 def _arguments_of(cell: Cell, settings: Config) -> list[str]:
     """The command line of :mod:`ddpp.distill`."""
     if (cell.folder / "checkpoint.safetensors").is_file():
-        return ["--out", str(cell.folder), "--resume"]
+        return ["--out", str(cell.folder), "--resume", "--data-root", settings.data.data_root]
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
     file = cell.folder.parent / f"{cell.folder.name}.toml"
     runs.write_text(file, settings.to_toml())

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from ddpp import distill, reproduce, runs
+from ddpp import data, distill, reproduce, runs
 
 TINY = {
     1: {
@@ -54,6 +55,20 @@ def test_a_table_is_run_once(
     capsys.readouterr()
     assert reproduce.main([*argv, "--evaluate-epochs", "3"]) == 2
     assert "another run (evaluate.epochs is 2 there and 3 here)" in capsys.readouterr().err
+
+
+def test_a_run_that_was_cut_goes_on_where_its_data_are_by_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "QUICK", TINY)
+    for part in ("train", "test"):
+        data.pictures.write(tmp_path / "old" / part, torch.rand(40, 3, 8, 8), ["cat", "dog"])
+    argv = ["table1", "--methods", "dm", "--ipc", "1", "--dataset", "folder", "--out", str(tmp_path / "out")]
+    assert reproduce.main([*argv, "--data-root", str(tmp_path / "old")]) == 0
+    (cut,) = (tmp_path / "out").rglob("results.json")
+    whole = runs.read_json(cut)["accuracy"]
+    cut.unlink()
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert reproduce.main([*argv, "--data-root", str(tmp_path / "new")]) == 0
+    assert runs.read_json(cut)["accuracy"] == whole
 
 
 def test_options_of_the_evaluation_reach_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
