@@ -195,6 +195,26 @@ def test_teachers_are_those_of_the_cpu(sharpness: str, elsewhere: str, tmp_path:
     torch.testing.assert_close(found.rows(0, 1), wanted.rows(0, 1), rtol=1e-4, atol=1e-6)
 
 
+def test_a_teacher_that_was_cut_goes_on(elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With velocity and running statistics, killed in its second epoch."""
+    arguments = [*NETWORK, "--norm", "batch", "--momentum", "0.9", "--count", "1", "--epochs", "2", "--folder"]
+    assert run(teachers.main, elsewhere, [*arguments, str(tmp_path / "whole")]) == 0
+    add = trajectories.Begun.add
+
+    def killed(begun: trajectories.Begun, *row: Any) -> None:
+        add(begun, *row)
+        if begun.epochs == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trajectories, "_KEPT_EVERY", 0)
+        patch.setattr(trajectories.Begun, "add", killed)
+        assert run(teachers.main, elsewhere, [*arguments, str(tmp_path / "cut")]) == 130
+    assert run(teachers.main, elsewhere, [*arguments, str(tmp_path / "cut")]) == 0
+    whole, cut = (tmp_path / folder / trajectories.file_name(0) for folder in ("whole", "cut"))
+    assert cut.read_bytes() == whole.read_bytes()
+
+
 def test_what_a_result_is_used_for(elsewhere: str, folder: Path, tmp_path: Path) -> None:
     held = str(tmp_path / "run")
     distilled(["--teachers-folder", str(folder)], tmp_path / "run", "cpu")
