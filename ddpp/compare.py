@@ -73,7 +73,7 @@ def _check_alike(a: dict[str, Any], b: dict[str, Any], names: tuple[Path, Path])
         raise UserError(f"{between}: networks are paired by seed, and these have {seeds[0]} and {seeds[1]}")
     for section in _EQUAL:
         for key, value in a["config"][section].items():
-            other = b["config"][section].get(key)
+            other = b["config"][section][key]
             if value != other and f"{section}.{key}" not in _MAY_DIFFER:
                 raise UserError(f"{between}: {section}.{key} is {value!r} and {other!r}")
 

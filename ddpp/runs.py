@@ -311,7 +311,7 @@ def check_same_data(folder: Path, meta: dict[str, Any], fingerprint: str) -> Non
     Raises:
         UserError: it did.
     """
-    if meta["fingerprint"] != fingerprint:
+    if meta.get("fingerprint") != fingerprint:
         raise UserError(f"{folder} was distilled from other data than its data set holds now; check --data-root")
 
 

@@ -356,6 +356,9 @@ def test_tiny_imagenet(tiny: Path) -> None:
         (lambda t: (t / "wnids.txt").unlink(), r"cannot read .*wnids\.txt .*Pass --download to fetch it"),
         (lambda t: remove(t / "train" / "n03" / "images"), "is incomplete: it lacks images of a class"),
         (lambda t: (t / "wnids.txt").write_text("n01\nn02"), "is incomplete"),
+        (lambda t: (t / "wnids.txt").write_text(""), "is incomplete"),
+        (lambda t: (t / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\nval_1.J"), "is incomplete"),
+        (lambda t: (t / "val" / "val_annotations.txt").write_text(""), "is incomplete"),
         (lambda t: (t / "val" / "images" / "val_3.JPEG").unlink(), r"cannot read the image .*val_3\.JPEG"),
     ],
 )

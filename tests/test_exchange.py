@@ -69,14 +69,18 @@ def test_what_went_out_comes_in_with_the_same_figures(run: Path, exported: Path,
         assert figures(tmp_path / name, "given") == figures(run, "dm")
 
 
-def test_the_readers_of_an_export_can_bring_other_images_there(exported: Path, digits: Dataset) -> None:
-    """By the two lines of its README."""
-    text = (exported / "README.md").read_text()
-    lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
-    pixels = digits.to_pixels(digits.test_images)
+def brought_there(export: Path, pixels: Tensor) -> Tensor:
+    """By the two lines of an export's README."""
+    lines = [line.strip() for line in (export / "README.md").read_text().splitlines() if line.startswith("    ")]
     names: dict[str, Any] = {"torch": torch, "pixels": pixels}
-    exec("\n".join(lines).replace('"transform.pt"', f"{str(exported / 'transform.pt')!r}"), names)
-    torch.testing.assert_close(names["x"], digits.test_images, atol=1e-5, rtol=1e-5)
+    exec("\n".join(lines).replace('"transform.pt"', f"{str(export / 'transform.pt')!r}"), names)
+    found: Tensor = names["x"]
+    return found
+
+
+def test_the_readers_of_an_export_can_bring_other_images_there(exported: Path, digits: Dataset) -> None:
+    found, text = brought_there(exported, digits.to_pixels(digits.test_images)), (exported / "README.md").read_text()
+    torch.testing.assert_close(found, digits.test_images, atol=1e-5, rtol=1e-5)
     assert "[20, 1, 8, 8]" in text and "crop_scale_rotate" in text and "Classes: 0, 1" in text
 
 
@@ -84,10 +88,8 @@ def test_an_export_of_whitened_images_tells_how_to_whiten(tmp_path: Path) -> Non
     argv = [*TOY, "--method", "random", "--zca", "--out", str(tmp_path / "run")]
     assert distill.main(argv) == 0 and export.main([str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 0
     dataset = data.load(DataConfig(zca=True))
-    names: dict[str, Any] = {"torch": torch, "pixels": dataset.to_pixels(dataset.test_images[:50])}
-    lines = [line.strip() for line in (tmp_path / "out" / "README.md").read_text().splitlines() if line[:4] == "    "]
-    exec("\n".join(lines).replace('"transform.pt"', f"{str(tmp_path / 'out' / 'transform.pt')!r}"), names)
-    torch.testing.assert_close(names["x"], dataset.test_images[:50], atol=1e-3, rtol=1e-3)
+    found = brought_there(tmp_path / "out", dataset.to_pixels(dataset.test_images[:50]))
+    torch.testing.assert_close(found, dataset.test_images[:50], atol=1e-3, rtol=1e-3)
 
 
 def test_pictures_of_an_export_are_its_pixels(run: Path, exported: Path, digits: Dataset, tmp_path: Path) -> None:
@@ -232,6 +234,7 @@ def test_a_set_that_does_not_fit_is_one_line(
         ([str(exported / "pixels")], "is a folder of pictures; name it alone and give --given-space pixels"),
         ([str(run / "synthetic.safetensors"), images], "which holds all; leave out other files"),
         ([str(run / "images.png")], "cannot read"),
+        ([str(run / "snapshots" / "step-000000.safetensors")], "does not say of what data it is"),
     ]
     for files, message in cases:
         assert given(tmp_path / "run", files) == 2

@@ -15,7 +15,7 @@ from ddpp.data.base import DATASETS, EVERY_GROUP, Raw, library
 from ddpp.errors import UserError, nearest
 
 
-class Listing(NamedTuple):
+class _Listing(NamedTuple):
     """The files of a part and their classes, in order."""
 
     classes: list[str]
@@ -68,7 +68,7 @@ def read_classes(root: Path, classes: Sequence[str], image_size: int | None = No
     return pixels, torch.tensor([places[name] for name in found.classes])[found.labels]
 
 
-def _list(part: Path, chosen: Collection[str] = ()) -> Listing:
+def _list(part: Path, chosen: Collection[str] = ()) -> _Listing:
     """The images of one part, of some of its classes if these are named."""
     expected = f"expected images in {part / '<class>'}/"
     if not part.is_dir():
@@ -83,4 +83,4 @@ def _list(part: Path, chosen: Collection[str] = ()) -> Listing:
         samples = reader.make_dataset(str(part), places, reader.IMG_EXTENSIONS)
     except FileNotFoundError as e:
         raise UserError(f"{part}: {e}; {expected}. Add some, or remove the class.") from e
-    return Listing(classes, [path for path, _ in samples], torch.tensor([label for _, label in samples]))
+    return _Listing(classes, [path for path, _ in samples], torch.tensor([label for _, label in samples]))

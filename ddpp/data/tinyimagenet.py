@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ddpp.config import DataConfig
 from ddpp.data import pictures
@@ -32,8 +31,9 @@ def tinyimagenet(config: DataConfig) -> Raw:
     numbers = sorted(_lines(root / "wnids.txt", config))
     train = [sorted(map(str, (root / "train" / number / "images").glob("*.JPEG"))) for number in numbers]
     annotations = [line.split("\t") for line in _lines(root / "val" / "val_annotations.txt", config)]
-    if not all(train) or any(row[1] not in numbers for row in annotations):
-        raise UserError(f"{root} is incomplete: it lacks images of a class, or wnids.txt. {_advice(config)}")
+    known = bool(annotations) and all(len(row) > 1 and row[1] in numbers for row in annotations)
+    if not known or not all(train):
+        raise UserError(f"{root} is incomplete: it lacks images of a class, or classes of images. {_advice(config)}")
     test = [str(root / "val" / "images" / row[0]) for row in annotations]
     train_labels = torch.arange(len(numbers)).repeat_interleave(torch.tensor([len(paths) for paths in train]))
     images, count = pictures.decode([path for paths in train for path in paths] + test), len(train_labels)
@@ -43,13 +43,9 @@ def tinyimagenet(config: DataConfig) -> Raw:
         train_images=images[:count],
         train_labels=train_labels,
         test_images=images[count:],
-        test_labels=_labels(annotations, numbers),
+        test_labels=torch.tensor([numbers.index(row[1]) for row in annotations]),
         strategy=EVERY_GROUP,
     )
-
-
-def _labels(annotations: list[list[str]], numbers: list[str]) -> Tensor:
-    return torch.tensor([numbers.index(row[1]) for row in annotations])
 
 
 def _names(numbers: list[str], lines: list[str]) -> tuple[str, ...]:

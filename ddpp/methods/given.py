@@ -113,13 +113,15 @@ def _read(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor | None, Tens
         if others or settings.given_space != "networks":
             raise UserError(f"{first} is a set of ddpp, which holds all; leave out other files and --given-space")
         held, meta = synthetic.load(first)
+        if "fingerprint" not in meta:
+            raise UserError(f"{first} does not say of what data it is; give a run's synthetic.safetensors")
         runs.check_same_data(first, meta, dataset.fingerprint)
         return held.images, held.labels, held.step_size
     if first.is_dir():
         if others or settings.given_space != "pixels":
             raise UserError(f"{first} is a folder of pictures; name it alone and give --given-space pixels")
-        pixels, classes = data.folder.read_classes(first, dataset.classes, config.data.image_size)
-        return pixels, classes, torch.tensor(settings.step_size)
+        pixels, of_classes = data.folder.read_classes(first, dataset.classes, config.data.image_size)
+        return pixels, of_classes, torch.tensor(settings.step_size)
     images, *more = *_pair(_load(first), first), *(_tensor(_load(path), path) for path in others)
     labels, step_size = [*more, None, None][:2]
     if labels is not None:
