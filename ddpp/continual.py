@@ -175,10 +175,10 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     config = replace(config, evaluate=replace(config.evaluate, models=()))
     dataset = data.load(config.data)
     runs.check_same_data(folder, synthetic.load(folder / "synthetic.safetensors")[1], dataset.fingerprint)
-    runs.check_writable(folder)
-    result = continual(config, dataset, folder, args.steps, args.orders, cli.device(config))
-    runs.write_json(folder / "continual.json", result)
-    _draw(result, folder / "continual.png")
+    with runs.alone(folder, "continual"):
+        result = continual(config, dataset, folder, args.steps, args.orders, cli.device(config))
+        runs.write_json(folder / "continual.json", result)
+        _draw(result, folder / "continual.png")
     print(_table(result))
     print(f"\nwritten: {folder}/continual.json, continual.png")
 

@@ -283,14 +283,19 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     method = method_class(problem)  # may refuse, before there is a folder or a teacher
     base = Path("runs") / f"{dataset.name}-{settings.method}-ipc{settings.ipc}-seed{seed}"
     out = Path(args.out) if args.out else runs.unused_folder(base)
-    folder = runs.open_folder(out, config, dataset.describe(), resume=args.resume)
-    print(f"run folder: {folder}")
+    with runs.open_folder(out, config, dataset.describe(), resume=args.resume) as folder:
+        print(f"run folder: {folder}")
+        _run_in(folder, problem, method, first, resumed=args.resume)
 
-    began = time.perf_counter()
+
+def _run_in(folder: Path, problem: Problem, method: Method | Selection, first: Synthetic, *, resumed: bool) -> None:
+    """Trains teachers that are missing, distils, evaluates and reports."""
+    config, dataset, device = problem.config, problem.dataset, problem.device
+    settings, method_class, began = config.distill, type(method), time.perf_counter()
     try:
-        trajectories = _trajectories(config, dataset, network, device) if method_class.needs_teachers else []
+        trajectories = _trajectories(config, dataset, problem.network, device) if method.needs_teachers else []
     except UserError:
-        if not args.resume:
+        if not resumed:
             runs.discard(folder)
         raise
     teachers_seconds = time.perf_counter() - began
@@ -298,7 +303,13 @@ def _run(config: Config, args: argparse.Namespace) -> None:
         first = synthetic.with_soft_labels(first, len(dataset.classes))
     if trajectories:
         first = synthetic.start_from_teachers(
-            first, dataset, network, trajectories, init=settings.init, labels=settings.labels, seed=seed
+            first,
+            dataset,
+            problem.network,
+            trajectories,
+            init=settings.init,
+            labels=settings.labels,
+            seed=config.run.seed,
         )
         method = method_class(replace(problem, teachers=trajectories))
     try:
@@ -308,27 +319,36 @@ def _run(config: Config, args: argparse.Namespace) -> None:
             else distill(settings, first, method, folder)
         )
     except Diverged as e:
-        _save_result(e.state, config, dataset, groups, folder)
+        _save_result(e.state, config, dataset, problem.groups, folder)
         raise
-    _save_result(state, config, dataset, groups, folder)
-
-    began = time.perf_counter()
-    results = evaluate.compare(config, dataset, folder, groups, device)
-    evaluate_seconds = time.perf_counter() - began
-    results["seconds"] = {"teachers": teachers_seconds, "distill": state.seconds, "evaluate": evaluate_seconds}
-    taken = state.step - state.undone - state.skipped
-    results["steps"] = {"taken": taken, "undone": state.undone, "skipped": state.skipped}
-    results["peak_memory_mb"] = runs.peak_memory_mb(device)
-    if isinstance(method, Predictor):
-        results["accuracy_of_method"] = method.accuracy(state.synthetic)
-        print(f"{settings.method} itself, without a network: {results['accuracy_of_method']:.1f} % of the test images")
-    results["config"] = asdict(config)
+    _save_result(state, config, dataset, problem.groups, folder)
+    results = _evaluated(folder, problem, method, state, teachers_seconds)
     runs.write_json(folder / "results.json", results)
     report.write(folder)
     print(runs.accuracy_table(results))
     if state.undone or state.skipped:
         print(f"\n{report.steps_text(results['steps'])}")
     print(f"\nresult: {folder}/synthetic.safetensors, pictures and tables beside it")
+
+
+def _evaluated(
+    folder: Path, problem: Problem, method: Method | Selection, state: State, teachers_seconds: float
+) -> dict[str, Any]:
+    """What ``results.json`` holds."""
+    config, dataset, device = problem.config, problem.dataset, problem.device
+    began = time.perf_counter()
+    results = evaluate.compare(config, dataset, folder, problem.groups, device)
+    evaluate_seconds = time.perf_counter() - began
+    results["seconds"] = {"teachers": teachers_seconds, "distill": state.seconds, "evaluate": evaluate_seconds}
+    taken = state.step - state.undone - state.skipped
+    results["steps"] = {"taken": taken, "undone": state.undone, "skipped": state.skipped}
+    results["peak_memory_mb"] = runs.peak_memory_mb(device)
+    if isinstance(method, Predictor):
+        name = config.distill.method
+        results["accuracy_of_method"] = method.accuracy(state.synthetic)
+        print(f"{name} itself, without a network: {results['accuracy_of_method']:.1f} % of the test images")
+    results["config"] = asdict(config)
+    return results
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -238,19 +238,19 @@ def compare(
         ``robustness``, see :func:`robustness`.
 
     Raises:
-        UserError: what :func:`check` refuses, or a missing snapshot.
+        UserError: what :func:`check` refuses, a missing snapshot, or another process evaluates this run.
     """
     check(config, dataset)
     settings = config.evaluate
     candidates = _candidates(folder, settings.select)
     names = settings.models or (config.model.model,)
     about = {"config": asdict(config), "data": dataset.fingerprint, "threads": torch.get_num_threads()}
-    ledger = runs.Ledger(folder / "evaluated.jsonl", about)
     images = len(names) * _images_trained_on(config, dataset, candidates)
-    with training.images_bar("evaluate", images) as progress:
+    with runs.alone(folder, "evaluate"), training.images_bar("evaluate", images) as progress:
+        ledger = runs.Ledger(folder / "evaluated.jsonl", about)
         evaluation = Evaluation(config, dataset, groups, device, progress, ledger)
         tables = {model: _table(evaluation, model, candidates) for model in names}
-    ledger.close()
+        ledger.close()
     protocol = {"select": settings.select, "networks": settings.networks, "ddof": 1, "epochs": settings.epochs}
     if settings.search_lr:
         protocol["searched_on"] = "held-out" if len(dataset.val_labels) else "test"

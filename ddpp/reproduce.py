@@ -83,7 +83,7 @@ class Cell:
 
 
 def reproduce(target: Table, cells: Sequence[Cell], config: Config, budget: str, given: Given) -> list[str]:
-    """Runs what is missing. A run that fails does not stop the others.
+    """Runs what is missing. A run that fails does not stop the others, and one that another process runs is waited for.
 
     Returns:
         What failed, one line each.
@@ -100,16 +100,34 @@ def reproduce(target: Table, cells: Sequence[Cell], config: Config, budget: str,
             continue
         if (cell.folder / "config.toml").is_file():
             runs.check_same_run(cell.folder, wanted[cell], _MAY_DIFFER)
-    began, missing = time.perf_counter(), [cell for cell in wanted if cell.results is None]
-    for done, cell in enumerate(missing):
-        left = (time.perf_counter() - began) / done * (len(missing) - done) if done else None
-        remaining = "" if left is None else f", about {left / 60:.0f} min left"
-        print(f"\n[{done + 1}/{len(missing)}] {cell.method}, {cell.ipc} images per class{remaining}", flush=True)
-        if code := distill.main(_arguments_of(cell, wanted[cell])):
-            if code >= 128:
-                raise runs.Stopped(f"stopped in {cell.folder}; the same command continues", code - 128)
-            failed.append(f"{cell.method}, {cell.ipc} images per class: exit code {code}, see above")
+    began, total = time.perf_counter(), sum(cell.results is None for cell in wanted)
+    tried: set[Cell] = set()
+    while missing := [cell for cell in wanted if cell not in tried and cell.results is None]:
+        free = next((cell for cell in missing if not _in_use(cell)), None)
+        if free is None:
+            time.sleep(1)
+            continue
+        print(_headline(free, total - len(missing), total, time.perf_counter() - began), flush=True)
+        code = distill.main(_arguments_of(free, wanted[free]))
+        if code >= 128:
+            raise runs.Stopped(f"stopped in {free.folder}; the same command continues", code - 128)
+        if code and not _in_use(free):  # by a process that has begun it meanwhile
+            tried.add(free)
+            failed.append(f"{free.method}, {free.ipc} images per class: exit code {code}, see above")
     return failed
+
+
+def _headline(cell: Cell, done: int, total: int, seconds: float) -> str:
+    remaining = f", about {seconds / done * (total - done) / 60:.0f} min left" if done else ""
+    return f"\n[{done + 1}/{total}] {cell.method}, {cell.ipc} images per class{remaining}"
+
+
+def _in_use(cell: Cell) -> bool:
+    """Whether another process runs it."""
+    if not cell.folder.is_dir():
+        return False
+    with runs.claimed(runs.lock_of(cell.folder, "distill")) as ours:
+        return not ours
 
 
 def _configuration(target: Table, cell: Cell, config: Config, budget: str, given: Given) -> Config:

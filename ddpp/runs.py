@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -15,7 +16,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.stem}-", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     except OSError as e:
         raise _unwritable(path, e) from e
@@ -60,18 +61,62 @@ def replacing(path: Path) -> Iterator[Path]:
             os.unlink(name)
 
 
-def check_writable(folder: Path) -> None:
-    """Makes a folder and tries to write there: to be known before long work whose result goes there.
+@contextlib.contextmanager
+def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone holds ``path``, a lock, within the block; with ``wait`` it waits until it does.
+
+    A process that has ended, in whatever way, holds nothing. Where a file system keeps no locks, all hold everything.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: the file cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(path, wait)
     except OSError as e:
-        raise _unwritable(folder, e) from e
+        raise _unwritable(path, e) from e
+    if file is None:
+        yield False
+        return
+    with file:
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _locked(path: Path, wait: bool) -> IO[str] | None:
+    """The open file of a lock, or None if another process has it."""
+    while True:
+        file = open(path, "a")  # noqa: SIM115 (its lock lasts until it is closed)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()  # of a process that has just removed it
+
+
+@contextlib.contextmanager
+def alone(folder: Path, stage: str) -> Iterator[None]:
+    """Keeps other processes from running a stage on a run folder within the block.
+
+    Raises:
+        UserError: one does.
+    """
+    with claimed(lock_of(folder, stage)) as ours:
+        if not ours:
+            raise UserError(f"another process runs ddpp.{stage} on {folder}. Wait for it, or stop it.")
+        yield
+
+
+def lock_of(folder: Path, stage: str) -> Path:
+    return folder / f".{stage}.lock"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -234,17 +279,33 @@ class Stopped(Exception):
         self.exit_code = 128 + number
 
 
-def open_folder(path: Path, config: Config, data: dict[str, Any], *, resume: bool) -> Path:
+@contextlib.contextmanager
+def open_folder(path: Path, config: Config, data: dict[str, Any], *, resume: bool) -> Iterator[Path]:
     """Makes a run folder and saves the resolved configuration, or checks that it holds this very run.
 
-    A run that goes on with other :data:`OF_THE_MACHINE` saves those.
+    A run that goes on with other :data:`OF_THE_MACHINE` saves those. Within the block no other process can open it.
 
     Args:
         data: describes the run's data set; its ``fingerprint`` must not change.
 
     Raises:
-        UserError: it holds another run, an unfinished one without ``resume``, or foreign files.
+        UserError: it holds another run, an unfinished one without ``resume``, or foreign files; or another process
+            has it.
     """
+    if not (path / "config.toml").is_file():
+        if resume:
+            raise UserError(f"{path} holds no run to resume")
+        if path.exists() and (not path.is_dir() or _contents(path)):
+            raise UserError(f"{path} exists and is not a run folder. Choose another --out.")
+    with alone(path, "distill"):
+        _check_folder(path, config, data, resume)
+        write_text(path / "config.toml", config.to_toml())
+        write_json(path / "data.json", data)
+        yield path
+
+
+def _check_folder(path: Path, config: Config, data: dict[str, Any], resume: bool) -> None:
+    """Refuses a run folder that holds another run, or this one without ``resume``."""
     if (path / "config.toml").is_file():
         check_same_run(path, config, OF_THE_MACHINE if resume else ())
         if not resume:
@@ -253,13 +314,10 @@ def open_folder(path: Path, config: Config, data: dict[str, Any], *, resume: boo
             raise UserError(f"{path} holds {advice} another --out.")
         if (path / "data.json").is_file():
             check_same_data(path, read_json(path / "data.json"), data["fingerprint"])
-    elif resume:
-        raise UserError(f"{path} holds no run to resume")
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists and is not a run folder. Choose another --out.")
-    write_text(path / "config.toml", config.to_toml())
-    write_json(path / "data.json", data)
-    return path
+
+
+def _contents(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()} - {lock_of(folder, "distill").name}
 
 
 def saved_config(folder: Path) -> Config:
@@ -276,7 +334,7 @@ def saved_config(folder: Path) -> Config:
 
 def discard(folder: Path) -> None:
     """Removes a run folder that holds no more than :func:`open_folder` wrote."""
-    if {entry.name for entry in folder.iterdir()} == {"config.toml", "data.json"}:
+    if _contents(folder) == {"config.toml", "data.json"}:
         shutil.rmtree(folder)
 
 

@@ -213,8 +213,9 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     usual = models.describe(replace(config.model, model="convnet", depth=None), dataset.shape)["depth"]
     depths = args.depths or [usual - 1, usual]
     candidates = grid(config.model, dataset, depths, args.widths, args.norm, args.activation, args.pooling)
-    result = search(config, dataset, folder, candidates, cli.device(config))
-    _draw(result, folder / "search.png")
+    with runs.alone(folder, "search"):
+        result = search(config, dataset, folder, candidates, cli.device(config))
+        _draw(result, folder / "search.png")
     print(_table(result))
     print(f"\nwritten: {folder}/search.json, search.png")
 

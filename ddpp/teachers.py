@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -33,8 +34,9 @@ _SAMPLE = 5_000  # training images that stand for all of them where none are hel
 def train(config: Config, dataset: Dataset, device: torch.device, *, progress: bool = True) -> Path:
     """Trains the teachers that the folder lacks; those that are there stay, and one that was cut goes on.
 
-    A teacher depends only on its seed and index, so that an interrupted stage ends with the bytes of an
-    uninterrupted one. A folder keeps the seed that it was begun with.
+    Several processes may do so at once: each trains teachers that no other does, and at the end waits for the others.
+    A teacher depends only on its seed and index, so that an interrupted stage ends with the bytes of an uninterrupted
+    one. A folder keeps the seed that it was begun with.
 
     Returns:
         The folder: ``config.teachers.folder``, or one named after data set and architecture.
@@ -48,24 +50,24 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
     description = _describe(config, dataset)
     trajectories.remove_leftovers(folder)
     present = trajectories.open_folder(folder, description)
-    missing = [index for index in range(count) if index not in present]
+    missing = trajectories.missing(folder, count)
+    if not missing:
+        return folder
+    epochs, images = config.teachers.epochs, config.teachers.epochs * len(dataset.train_labels)
     seed = next((t.meta["seed"] for t in present.values()), config.run.seed)
-    epochs = config.teachers.epochs
-    if missing:
-        runs.check_writable(folder)
-        kept = f", beside {len(present)} that are there (seed {seed})" if present else ""
-        print(f"training {len(missing)} teachers for {epochs} epochs into {folder}{kept}")
-    images = epochs * len(dataset.train_labels)  # of a teacher
-    bar = training.images_bar("teachers", len(missing) * images, shown=progress and bool(missing))
+    kept = f", beside {len(present)} that are there (seed {seed})" if present else ""
+    print(f"training {len(missing)} teachers for {epochs} epochs into {folder}{kept}")
+    bar = training.images_bar("teachers", len(missing) * images, shown=progress)
     with runs.Interruption() as interruption, bar:
-        for index in missing:
-            path, meta = folder / trajectories.file_name(index), {**description, "seed": seed, "index": index}
-            bar.set_postfix_str(path.stem)
-            begun = Begun(folder, index, meta)
-            training.skip(bar, max(begun.epochs, 0) * len(dataset.train_labels))
-            layout = _train_one(config, dataset, device, begun, partial(_advance, bar, interruption, begun))
-            trajectories.write(path, begun.snapshots, begun.accuracy, {**meta, "layout": layout})
-            begun.discard()
+        while missing:
+            with trajectories.begin(folder, count, description, seed) as begun:
+                if begun is None:
+                    _wait(bar, interruption)
+                else:
+                    _train(config, dataset, device, begun, bar, interruption)
+            left = trajectories.missing(folder, count)
+            training.skip(bar, (len(missing) - len(left) - (begun is not None)) * images)
+            missing = left
     if interruption.signal is not None:
         raise runs.Stopped(f"stopped; all teachers are finished and kept in {folder}", interruption.signal)
     return folder
@@ -136,6 +138,31 @@ def _recipe_by_name(config: Config) -> dict[str, Any]:
     recipe = asdict(_recipe(config))
     flat_minima = config.teachers.sharpness_radius > 0
     return {name: value for name, value in recipe.items() if flat_minima or not name.startswith("sharpness")}
+
+
+def _train(
+    config: Config,
+    dataset: Dataset,
+    device: torch.device,
+    begun: Begun,
+    bar: tqdm[NoReturn],
+    interruption: runs.Interruption,
+) -> None:
+    """Trains one teacher, from its last epoch that was kept on, and writes its file."""
+    path = begun.folder.parent / trajectories.file_name(begun.meta["index"])
+    bar.set_postfix_str(path.stem)
+    training.skip(bar, max(begun.epochs, 0) * len(dataset.train_labels))
+    layout = _train_one(config, dataset, device, begun, partial(_advance, bar, interruption, begun))
+    trajectories.write(path, begun.snapshots, begun.accuracy, {**begun.meta, "layout": layout})
+    begun.discard()
+
+
+def _wait(bar: tqdm[NoReturn], interruption: runs.Interruption) -> None:
+    """For a second, for teachers in training elsewhere."""
+    bar.set_postfix_str("waiting for other processes")
+    time.sleep(1)
+    if interruption.signal is not None:
+        raise runs.Stopped("stopped; other processes go on with the teachers that are missing", interruption.signal)
 
 
 def _advance(bar: tqdm[NoReturn], interruption: runs.Interruption, begun: Begun, images: int) -> None:

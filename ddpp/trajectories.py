@@ -32,6 +32,7 @@ KIND = "trajectory"
 
 _KEPT_EVERY = 60  # seconds
 _STATE = "state."
+_ABOUT = "about.json"
 
 _NAME = re.compile(r"teacher-(\d+)\.safetensors")
 
@@ -142,6 +143,35 @@ def write(path: Path, snapshots: Sequence[Tensor], accuracy: Sequence[float], me
             file.write(vector.numpy().astype("<f4", copy=False).data)
 
 
+@contextlib.contextmanager
+def begin(folder: Path, count: int, description: dict[str, dict[str, Any]], seed: int) -> Iterator[Begun | None]:
+    """One of the first ``count`` teachers that are neither finished nor in training, this process's within the block.
+
+    It is None where other processes train all that are missing. A folder keeps the seed that it was begun with.
+
+    Args:
+        description: what must be equal for all teachers of the folder.
+        seed: of a folder that is new.
+
+    Raises:
+        UserError: a foreign or damaged file, a teacher, finished or begun, that is not as described, or the folder
+            cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        with runs.claimed(folder / ".lock", wait=True):
+            metas = {index: found.meta for index, found in open_folder(folder, description).items()}
+            missing = [index for index in range(count) if index not in metas]
+            for path in sorted(folder.glob(f".teacher-*/{_ABOUT}")):
+                found = runs.read_json(path)
+                _check_begun(path.parent, found, json.loads(json.dumps(description)))
+                metas[found["index"]] = found
+            seed = next((meta["seed"] for meta in metas.values()), seed)
+            free = (index for index in missing if held.enter_context(runs.claimed(_hidden(folder, index, ".lock"))))
+            index = next(free, None)
+            begun = None if index is None else Begun(folder, index, {**description, "seed": seed, "index": index})
+        yield begun
+
+
 class Begun:
     """A teacher in training: its rows so far, kept so that one that was cut goes on with the last that was kept.
 
@@ -153,7 +183,7 @@ class Begun:
         meta: all that its bytes depend on.
 
     Raises:
-        UserError: rows of a teacher of other options are there.
+        UserError: rows of a teacher of other options are there, or the folder cannot be written.
 
     Attributes:
         snapshots: float32 vectors on the CPU. [P] each
@@ -162,10 +192,17 @@ class Begun:
     """
 
     def __init__(self, folder: Path, index: int, meta: dict[str, Any]) -> None:
-        self.folder, self.meta = folder / f".{Path(file_name(index)).stem}", json.loads(json.dumps(meta))
+        self.folder, self.meta = _hidden(folder, index), json.loads(json.dumps(meta))
         self.snapshots: list[Tensor] = []
         self.accuracy: list[float] = []
         self.state: dict[str, Tensor] = {}
+        about = self.folder / _ABOUT
+        if about.is_file():
+            _check_begun(self.folder, runs.read_json(about), self.meta)
+        else:
+            runs.write_json(about, self.meta)
+        for path in folder.glob(f"{runs.TEMPORARY}{Path(file_name(index)).stem}-*"):
+            path.unlink()
         for path in sorted(self.folder.glob("rows-*.safetensors")):
             self._take(path)
         self._kept, self._when = len(self.snapshots), time.monotonic()
@@ -193,7 +230,7 @@ class Begun:
             new = {"snapshots": torch.stack(self.snapshots[self._kept :])}
             new["accuracy"] = torch.tensor(self.accuracy[self._kept :], dtype=torch.float64)
             state = {_STATE + name: value for name, value in self.state.items()}
-            runs.write_tensors(self._path(self._kept), new | state, {**self.meta, "first": self._kept})
+            runs.write_tensors(self._path(self._kept), new | state, {"first": self._kept})
         self._kept, self._when = len(self.snapshots), time.monotonic()
 
     def discard(self) -> None:
@@ -210,12 +247,6 @@ class Begun:
         except UserError:
             path.unlink()
             return
-        for part, value in self.meta.items():
-            if found.get(part) != value:
-                raise UserError(
-                    f"{self.folder} holds the first epochs of a teacher of another {part}. Give the same options, "
-                    "remove it, or name another folder of teachers."
-                )
         if found["first"] != len(self.snapshots):
             path.unlink()
             return
@@ -250,8 +281,28 @@ def open_folder(folder: Path, expected: dict[str, dict[str, Any]], count: int | 
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed run had begun to write, and the rows of teachers that are finished."""
-    for path in folder.glob(f"{runs.TEMPORARY}*"):
-        path.unlink(missing_ok=True)
-    for path in folder.glob("teacher-*.safetensors"):
-        shutil.rmtree(folder / f".{path.stem}", ignore_errors=True)
+    """Removes what killed processes had begun of teachers that are finished, or that have no rows to go on from."""
+    for path in folder.glob(".teacher-*/"):
+        with runs.claimed(path.with_name(f"{path.name}.lock")) as unused:
+            finished = path.with_name(f"{path.name[1:]}.safetensors").is_file()
+            of_use = (path / _ABOUT).is_file() and any(path.glob("rows-*.safetensors"))
+            if unused and (finished or not of_use):
+                shutil.rmtree(path)
+
+
+def missing(folder: Path, count: int) -> list[int]:
+    """Which of the first ``count`` teachers are not finished."""
+    return [index for index in range(count) if not (folder / file_name(index)).is_file()]
+
+
+def _hidden(folder: Path, index: int, suffix: str = "") -> Path:
+    return folder / f".{Path(file_name(index)).stem}{suffix}"
+
+
+def _check_begun(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for part, value in expected.items():
+        if found.get(part) != value:
+            raise UserError(
+                f"{folder} holds the first epochs of a teacher of another {part}. Give the same options, "
+                "remove it, or name another folder of teachers."
+            )

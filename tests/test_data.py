@@ -3,7 +3,9 @@
 import pickle
 import shutil
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -377,11 +379,14 @@ def test_tiny_imagenet_is_fetched_once(tiny: Path, tmp_path: Path, monkeypatch: 
 
     def fetch(url: str, root: str, md5: str) -> None:
         fetched.append((url, md5))
+        time.sleep(0.2)
         utils.extract_archive(archive, root)
 
     monkeypatch.setattr(utils, "download_and_extract_archive", fetch)
     config = DataConfig(dataset="tinyimagenet", data_root=str(tmp_path / "new"), download=True)
-    assert data.load(config).fingerprint == data.load(config).fingerprint
+    with ThreadPoolExecutor() as together:  # each opens the lock for itself, as processes do
+        first, second = together.map(data.load, [config, config])
+    assert first.fingerprint == second.fingerprint == data.load(config).fingerprint
     assert fetched == [(data.tinyimagenet.URL, data.tinyimagenet.MD5)]
 
     def fails(*args: Any, **options: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpp import compare, continual, data, distill, evaluate, scores, search, synthetic
+from ddpp import compare, continual, data, distill, evaluate, runs, scores, search, synthetic
 from ddpp.errors import UserError
 
 TOY = [
@@ -23,6 +23,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "dm"
     assert distill.main([*TOY, "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.mark.parametrize("stage", [evaluate, continual, search])
+def test_a_stage_that_runs_elsewhere_is_not_run_twice(
+    stage: Any, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = stage.__name__.rpartition(".")[2]
+    with runs.alone(finished, name):
+        assert stage.main([str(finished), "--threads", "1"]) == 2
+    (line,) = (row for row in capsys.readouterr().err.splitlines() if "error" in row)
+    assert line == f"ddpp.{name}: error: another process runs ddpp.{name} on {finished}. Wait for it, or stop it."
 
 
 def lrs(own: float, random: float = 0.31, full: float = 0.848) -> float:

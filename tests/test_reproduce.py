@@ -1,7 +1,9 @@
 """The tables: what is missing is run, what is done is kept, and the papers' figures stand beside ours."""
 
+import contextlib
 import csv
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,41 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert reproduce.main(argv) == 2
     assert "herding, 1 images per class: exit code 2" in capsys.readouterr().err
     assert "| herding | not run |" in (tmp_path / "table.md").read_text()
+
+
+def test_processes_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that another process has is left to it; one that it takes first is no failure, and both are waited for."""
+    folders = {name: tmp_path / f"digits-{name}-ipc1-seed0" for name in ("dm", "herding", "random")}
+    elsewhere, ran = contextlib.ExitStack(), []
+
+    def begun_elsewhere(name: str) -> None:
+        folders[name].mkdir()
+        assert elsewhere.enter_context(runs.claimed(runs.lock_of(folders[name], "distill")))
+
+    def main(argv: list[str]) -> int:
+        out = Path(argv[argv.index("--out") + 1])
+        if out == folders["herding"]:  # while this process read the data set
+            begun_elsewhere("herding")
+            return 2
+        ran.append(out)
+        finished(out, {"random": figure(10), "full": figure(90)})
+        return 0
+
+    def wait(seconds: float) -> None:
+        elsewhere.close()
+        for name in ("dm", "herding"):
+            runs.write_json(folders[name] / "results.json", {**result, "accuracy": {name: figure(50)}})
+
+    finished(tmp_path / "result", {"random": figure(10), "full": None})
+    result = runs.read_json(tmp_path / "result" / "results.json")
+    begun_elsewhere("dm")
+    monkeypatch.setattr(distill, "main", main)
+    monkeypatch.setattr(time, "sleep", wait)
+    argv = ["table1", "--methods", "dm", "herding", "random", "--ipc", "1", "--out", str(tmp_path)]
+    assert reproduce.main(argv) == 0
+    assert ran == [folders["random"]]
+    text = (tmp_path / "table.md").read_text()
+    assert "| dm | 50.0 ± 1.5 |" in text and "| herding | 50.0 ± 1.5 |" in text and "3 of 3 runs" in text
 
 
 def test_what_has_no_published_setting_does_not_stop_the_others(

@@ -1,6 +1,7 @@
 """Files are whole or absent, and a run folder holds one run."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -99,45 +100,111 @@ def test_a_log_on_a_full_disk_is_said(tmp_path: Path) -> None:
         log.flush()
 
 
+def opened(path: Path, config: Config, data: dict[str, str], *, resume: bool) -> Path:
+    """A run folder that was opened and left."""
+    with runs.open_folder(path, config, data, resume=resume) as folder:
+        return folder
+
+
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     folder, config, data = tmp_path / "run", Config(), {"fingerprint": "a"}
-    runs.open_folder(folder, config, data, resume=False)
+    opened(folder, config, data, resume=False)
     other = config.with_values({"distill": {"ipc": 10}}, "test")
     with pytest.raises(UserError, match=r"holds another run \(distill.ipc is 1 there and 10 here\)"):
-        runs.open_folder(folder, other, data, resume=True)
+        opened(folder, other, data, resume=True)
     with pytest.raises(UserError, match=r"unfinished run\. Continue it with --resume, or choose another --out\."):
-        runs.open_folder(folder, config, data, resume=False)
+        opened(folder, config, data, resume=False)
     elsewhere = config.with_values({"run": {"threads": 3, "device": "cpu"}}, "test")
     with pytest.raises(UserError, match=r"holds another run \(run.device is 'auto' there and 'cpu' here, run.threads"):
-        runs.open_folder(folder, elsewhere, data, resume=False)
-    assert runs.open_folder(folder, elsewhere, data, resume=True) == folder and runs.saved_config(folder) == elsewhere
-    runs.open_folder(folder, config, data, resume=True)
+        opened(folder, elsewhere, data, resume=False)
+    assert opened(folder, elsewhere, data, resume=True) == folder and runs.saved_config(folder) == elsewhere
+    opened(folder, config, data, resume=True)
     (folder / "results.json").write_text("{}")
     with pytest.raises(UserError, match=r"holds a finished run\. Choose another --out\."):
-        runs.open_folder(folder, config, data, resume=False)
+        opened(folder, config, data, resume=False)
     with pytest.raises(UserError, match=r"absent is no run folder of ddpp\.distill: it holds no config\.toml"):
         runs.saved_config(tmp_path / "absent")
-    assert runs.open_folder(folder, config, data, resume=True) == folder
+    assert opened(folder, config, data, resume=True) == folder
     with pytest.raises(UserError, match="holds no run to resume"):
-        runs.open_folder(tmp_path / "absent", config, data, resume=True)
+        opened(tmp_path / "absent", config, data, resume=True)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="is not a run folder"):
-        runs.open_folder(tmp_path / "foreign", config, data, resume=False)
+        opened(tmp_path / "foreign", config, data, resume=False)
 
 
 def test_a_run_goes_on_with_the_same_data_wherever_they_are(tmp_path: Path) -> None:
     config, moved = (Config().with_values({"data": {"data_root": name}}, "test") for name in ("here", "there"))
-    runs.open_folder(tmp_path / "run", config, {"fingerprint": "a"}, resume=False)
+    opened(tmp_path / "run", config, {"fingerprint": "a"}, resume=False)
     with pytest.raises(UserError, match="distilled from other data than its data set holds now; check --data-root"):
-        runs.open_folder(tmp_path / "run", moved, {"fingerprint": "b"}, resume=True)
+        opened(tmp_path / "run", moved, {"fingerprint": "b"}, resume=True)
     assert runs.saved_config(tmp_path / "run") == config
-    runs.open_folder(tmp_path / "run", moved, {"fingerprint": "a"}, resume=True)
+    opened(tmp_path / "run", moved, {"fingerprint": "a"}, resume=True)
     assert runs.saved_config(tmp_path / "run") == moved
     (tmp_path / "run" / "data.json").unlink()  # as in a run of an earlier version
-    runs.open_folder(tmp_path / "run", config, {"fingerprint": "b"}, resume=True)
+    opened(tmp_path / "run", config, {"fingerprint": "b"}, resume=True)
     runs.discard(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_in_the_hands_of_one_process(tmp_path: Path) -> None:
+    folder, config, data = tmp_path / "run", Config(), {"fingerprint": "a"}
+    for resume in (False, True):
+        with runs.open_folder(folder, config, data, resume=resume):
+            for other in (False, True):
+                with pytest.raises(UserError, match=f"another process runs ddpp.distill on {folder}. Wait for it"):
+                    opened(folder, config, data, resume=other)
+            with runs.alone(folder, "evaluate"):
+                pass
+    assert {path.name for path in folder.iterdir()} == {"config.toml", "data.json"}
+    with runs.open_folder(tmp_path / "empty", config, data, resume=False) as path:
+        runs.discard(path)
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_folder_of_a_killed_process_that_had_written_nothing_is_free(tmp_path: Path) -> None:
+    runs.lock_of(tmp_path, "distill").write_text("")
+    assert opened(tmp_path, Config(), {"fingerprint": "a"}, resume=False) == tmp_path
+
+
+def test_a_lock_has_one_holder(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "lock"
+    with runs.claimed(path) as first, runs.claimed(path) as second:
+        assert (first, second) == (True, False)
+    with runs.claimed(path) as third:
+        assert third
+    assert not path.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"), runs.claimed(tmp_path / "file" / "lock"):
+        pass
+
+
+def test_who_waits_for_a_lock_is_not_fooled_by_its_removal(tmp_path: Path) -> None:
+    """Threads that each open the file are to the system what processes are."""
+    path, holders, most = tmp_path / "lock", [], []
+
+    def work() -> None:
+        for _ in range(100):
+            with runs.claimed(path, wait=True) as ours:
+                holders.append(ours)
+                most.append(len(holders))
+                holders.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 400 and max(most) == 1 and not path.exists()
+
+
+def test_a_file_system_without_locks_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with runs.claimed(tmp_path / "lock") as first, runs.claimed(tmp_path / "lock", wait=True) as second:
+        assert first and second
 
 
 def test_unused_folder_counts_up(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """STAGE 1: teachers that depend on seed and index alone, whatever happens on the way."""
 
+import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -122,7 +124,7 @@ def test_missing_teachers_are_added_and_finished_ones_kept(tmp_path: Path, datas
     whole = contents(train(settings(tmp_path / "whole", count=3), dataset))
     folder = train(settings(tmp_path / "parts", count=1), dataset)
     before = (folder / "teacher-000.safetensors").stat().st_mtime_ns
-    (folder / f"{runs.TEMPORARY}killed.safetensors").write_bytes(b"half")
+    (folder / f"{runs.TEMPORARY}teacher-001-killed.safetensors").write_bytes(b"half")
     train(settings(folder, count=3), dataset)
     assert contents(folder) == whole
     assert (folder / "teacher-000.safetensors").stat().st_mtime_ns == before
@@ -294,7 +296,7 @@ def cut_after_training(config: Config, dataset: Dataset, monkeypatch: pytest.Mon
         patch.setattr(trajectories, "write", lambda *_: pytest.fail("cut"))
         with pytest.raises(pytest.fail.Exception, match="cut"):
             train(config, dataset)
-    return sorted((Path(config.teachers.folder) / ".teacher-000").iterdir())
+    return sorted((Path(config.teachers.folder) / ".teacher-000").glob("rows-*"))
 
 
 @pytest.mark.parametrize("file", [0, 1, 2])
@@ -315,9 +317,7 @@ def test_rows_that_cannot_be_used_are_computed_again(
     assert contents(train(config, dataset)) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    ("changed", "named"), [({"lr": 0.2}, "recipe"), ({"width": 8}, "model"), ({"seed": 1}, "seed")]
-)
+@pytest.mark.parametrize(("changed", "named"), [({"lr": 0.2}, "recipe"), ({"width": 8}, "model")])
 def test_first_epochs_of_another_teacher_are_not_lost(
     changed: dict[str, object], named: str, tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,12 +327,86 @@ def test_first_epochs_of_another_teacher_are_not_lost(
     assert all(path.exists() for path in rows)
 
 
+def test_a_folder_keeps_the_seed_of_a_teacher_that_was_begun(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contents(train(settings(tmp_path / "whole"), dataset))
+    cut_after_training(settings(tmp_path / "cut"), dataset, monkeypatch)
+    assert contents(train(settings(tmp_path / "cut", seed=1), dataset)) == whole
+
+
 def test_rows_of_a_finished_teacher_do_not_stay(tmp_path: Path, dataset: Dataset) -> None:
     config = settings(tmp_path, count=1)
     before = contents(train(config, dataset))
     (tmp_path / ".teacher-000").mkdir()
     (tmp_path / ".teacher-000" / "rows-000000.safetensors").write_bytes(b"")
     assert contents(train(config, dataset)) == before
+
+
+def test_processes_share_a_folder(tmp_path: Path) -> None:
+    """Each trains what no other does, and all see the end."""
+    folder, options = tmp_path / "shared", ["--width", "4", "--count", "4", "--epochs", "3", "--lr", "0.1"]
+    command = [sys.executable, "-m", "ddpp.teachers", "--folder", str(folder), *options, "--batch", "32"]
+    words = [*command, "--device", "cpu", "--threads", "1"]
+    processes = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in processes:
+        output, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+        assert "4 teachers in" in output and "100%" in errors
+    assert contents(folder) == contents(train(settings(tmp_path / "alone", count=4), data.load(DataConfig())))
+
+
+class Elsewhere:
+    """Another process that trains a teacher: it holds its lock, and finishes it or dies while this one waits."""
+
+    def __init__(self, config: Config, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, dies: bool = False) -> None:
+        self.folder = Path(config.teachers.folder)
+        self.result = train(replace(config, teachers=replace(config.teachers, folder=f"{self.folder}-whole")), dataset)
+        self.dies, self.waited, self.held = dies, 0, contextlib.ExitStack()
+        description = teachers._describe(config, dataset)
+        self.begun = self.held.enter_context(trajectories.begin(self.folder, 1, description, config.run.seed))
+        monkeypatch.setattr(time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.waited += 1
+        if self.waited == 3:
+            if self.begun and not self.dies:
+                self.begun.discard()
+                first = trajectories.file_name(0)
+                (self.folder / first).write_bytes((self.result / first).read_bytes())
+            self.held.close()
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_teacher_of_another_process_is_waited_for(
+    dies: bool, tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, bars: list[Any]
+) -> None:
+    config = settings(tmp_path / "shared", seed=5)
+    elsewhere = Elsewhere(config, dataset, monkeypatch, dies)
+    own = replace(config, run=RunConfig(seed=0))  # the folder was begun with another
+    teachers.train(own, dataset, CPU)
+    assert elsewhere.waited == 3
+    assert contents(elsewhere.folder) == contents(elsewhere.result)
+    assert bars[-1].n == bars[-1].total == 2 * 3 * 130
+
+
+def test_who_waits_can_be_stopped(tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(tmp_path / "shared", count=1)
+    elsewhere = Elsewhere(config, dataset, monkeypatch)
+    monkeypatch.setattr(time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(runs.Stopped, match="other processes go on"):
+        train(config, dataset)
+    elsewhere.held.close()
+
+
+def test_a_process_with_other_options_is_refused(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = Elsewhere(settings(tmp_path / "shared"), dataset, monkeypatch)
+    with pytest.raises(UserError, match=r"\.teacher-000 holds the first epochs of a teacher of another recipe"):
+        train(settings(tmp_path / "shared", lr=0.2), dataset)
+    elsewhere.held.close()
+    train(settings(tmp_path / "shared", lr=0.2), dataset)  # no epoch was lost by it
 
 
 def test_the_command_trains_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddpp import seeds
+from ddpp import runs, seeds
 from ddpp.config import DataConfig
 from ddpp.data import digits, folder, pictures, tinyimagenet, torchvision_sets
 from ddpp.data.base import DATASETS, Raw
@@ -83,7 +87,8 @@ def load(config: DataConfig) -> Dataset:
     for name, value in (("--image-size", config.image_size), ("--classes", config.classes)):
         if value and config.dataset != "folder":
             raise UserError(f"{name} is for --dataset folder, got it with {config.dataset}. Leave it out.")
-    raw = reader(config)
+    with _one_download(config):
+        raw = reader(config)
     _check(raw)
     train, held_out = stratified(raw.train_labels, config.validation, seeds.generator(0, "validation"))
     trained_on = raw.train_images[train] if len(held_out) else raw.train_images  # large ones are not copied for nothing
@@ -105,6 +110,17 @@ def load(config: DataConfig) -> Dataset:
         strategy=raw.strategy,
         fingerprint=fingerprint,
     )
+
+
+@contextlib.contextmanager
+def _one_download(config: DataConfig) -> Iterator[None]:
+    """Lets processes that begin together download one after the other, of which the second finds all there."""
+    root = Path(config.data_root)
+    if not config.download or (root.is_dir() and not os.access(root, os.W_OK)):
+        yield
+        return
+    with runs.claimed(root / ".download.lock", wait=True):
+        yield
 
 
 def _check(raw: Raw) -> None:
