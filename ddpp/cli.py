@@ -16,6 +16,7 @@ from ddpp import config as configuration
 from ddpp import runs
 from ddpp.config import SECTIONS, Config
 from ddpp.errors import UserError, nearest
+from ddpp.registry import load_plugins
 
 Main = Callable[[Config, argparse.Namespace], None]
 _MEMORY_ADVICE = (
@@ -70,6 +71,7 @@ def run(
     args = parser.parse_all(argv)
     try:
         config = _resolve(args, base(args), own, sections)
+        load_plugins(config.run.plugins)
         keep_pages()
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.run.tf32
         torch.backends.cudnn.deterministic = True  # the same seed gives the same bytes on a GPU too

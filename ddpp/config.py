@@ -154,6 +154,7 @@ class DistillConfig:
     kip_depth: int = option(3, "Hidden layers of the network of kip.", low=1)
     kip_batch: int = option(500, "Real images in an outer step of kip.", low=1)
     kip_ridge: float = option(1e-6, "Ridge of the regression of kip, in units of the kernel's mean diagonal.", low=0)
+    own: tuple[str, ...] = option((), "Options of a method of your own, each as NAME=VALUE.")
     given: tuple[str, ...] = option(
         (),
         "Set of method given: .pt files of its images, labels and step size, the last two where they are there, "
@@ -199,6 +200,9 @@ class RunConfig:
     seed: int = option(0, "Seed of every random draw.", low=0, high=2**63 - 1)
     device: str = option("auto", "Device to run on: auto, cpu, cuda or cuda:N.")
     threads: int | None = option(None, "CPU threads; by default as many as torch chooses.", low=1)
+    plugins: tuple[str, ...] = option(
+        (), "Python files, or modules, of yours that register methods, data sets or architectures."
+    )
     use_fused_kernels: bool = option(
         True, "Compiled kernels for loss, augmentation and the ConvNet's step; without, pure PyTorch."
     )

@@ -22,7 +22,7 @@ from ddpp import augment, cli, data, evaluate, models, report, runs, synthetic, 
 from ddpp.config import SECTIONS, Config, DistillConfig
 from ddpp.data import Dataset
 from ddpp.errors import UserError
-from ddpp.methods import METHODS, Memory, Method, Predictor, Problem, Selection, Update
+from ddpp.methods import METHODS, Memory, Method, Predictor, Problem, Selection, Update, own_options
 from ddpp.methods.ddpp import DDPP
 from ddpp.synthetic import Synthetic
 from ddpp.trajectories import Trajectory
@@ -273,13 +273,14 @@ def _check(config: Config, method: type[Method] | type[Selection]) -> None:
 def _run(config: Config, args: argparse.Namespace) -> None:
     settings, seed, device = config.distill, config.run.seed, cli.device(config)
     method_class = METHODS.get(settings.method)
+    own = own_options(method_class, settings.own)
     _check(config, method_class)
     dataset = data.load(config.data)
     evaluate.check(config, dataset)
     network = models.build(config.model, dataset.shape, len(dataset.classes), seed=seed).to(device)
     groups = augment.groups_for(config.augment.strategy, dataset.strategy)
     first = synthetic.start(dataset, settings.ipc, settings.init, settings.step_size, seed).to(device)
-    problem = Problem(config, dataset, network, [], groups, device)
+    problem = Problem(config, dataset, network, [], groups, device, own)
     method = method_class(problem)  # may refuse, before there is a folder or a teacher
     base = Path("runs") / f"{dataset.name}-{settings.method}-ipc{settings.ipc}-seed{seed}"
     out = Path(args.out) if args.out else runs.unused_folder(base)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from ddpp.errors import UserError, nearest
@@ -45,3 +50,31 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         return sorted(self._entries)
+
+
+def load_plugins(names: Iterable[str]) -> None:
+    """Runs Python files and modules that register entries of their own, each once in a process.
+
+    Args:
+        names: a file where one ends with ``.py``, else a module that can be imported.
+
+    Raises:
+        UserError: one is missing, or an exception ended it; the message names the line.
+    """
+    for name in names:
+        try:
+            _run_file(Path(name).resolve()) if name.endswith(".py") else importlib.import_module(name)
+        except Exception as e:
+            lines = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(e.__traceback__)]
+            own = [line for line in lines if not line.startswith(("<frozen", __file__, importlib.__file__))]
+            at = f" at {own[-1]}" if own else ""
+            raise UserError(f"--plugins {name} cannot be loaded: {type(e).__name__}: {e}{at}") from e
+
+
+def _run_file(path: Path) -> None:
+    key = f"ddpp plugin {path}"
+    spec = importlib.util.spec_from_file_location(key, path)
+    if key in sys.modules or spec is None or spec.loader is None:
+        return
+    sys.modules[key] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[key])

@@ -28,7 +28,7 @@ from ddpp.errors import UserError
 
 TEMPORARY = ".partial-"
 #: Options of the machine: a run may go on with others, though not to the same bytes.
-OF_THE_MACHINE = ("run.device", "run.threads", "run.cuda_graphs", "data.data_root", "data.download")
+OF_THE_MACHINE = ("run.device", "run.threads", "run.plugins", "run.cuda_graphs", "data.data_root", "data.download")
 
 
 @contextlib.contextmanager

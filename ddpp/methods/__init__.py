@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ddpp.config import Config
 from ddpp.data import Dataset
+from ddpp.errors import UserError, nearest
 from ddpp.registry import Registry
 from ddpp.synthetic import Synthetic
 from ddpp.trajectories import Trajectory
@@ -32,6 +34,7 @@ class Problem:
     teachers: list[Trajectory]
     groups: tuple[str, ...]
     device: torch.device
+    own: dict[str, Any] = field(default_factory=dict)  # what --own gave of the method's ``options``, and their defaults
 
 
 Memory = dict[str, Tensor]  # what a method hands on from one outer step to the next; checkpoints hold it
@@ -50,7 +53,10 @@ class Update(NamedTuple):
 
 
 class Method(Protocol):
-    """Built once for a run; ``update`` depends on nothing but its arguments and the seed."""
+    """Built once for a run; ``update`` depends on nothing but its arguments and the seed.
+
+    One of a plugin may have ``options``, a table of names and defaults, for ``--own``.
+    """
 
     needs_teachers: bool
     learns_labels: bool
@@ -87,6 +93,26 @@ class Selection(Protocol):
 
     def choose(self) -> Synthetic:
         """``ipc`` images of each class, class by class, with the step size to train networks at, on the CPU."""
+
+
+def own_options(method: type[Method] | type[Selection], given: Sequence[str]) -> dict[str, Any]:
+    """The ``options`` of a method, with those replaced that ``--own`` gives as ``name=value``.
+
+    Raises:
+        UserError: the method has no such option, or the value is not of its default's type.
+    """
+    found = dict(getattr(method, "options", {}))
+    for text in given:
+        name, _, value = text.partition("=")
+        if name not in found:
+            known = ", ".join(found) or "none"
+            raise UserError(f"--own {text}: the method has no option {name!r}{nearest(name, found)} Known: {known}")
+        kind = type(found[name])
+        try:
+            found[name] = {"true": True, "false": False}[value] if kind is bool else kind(value)
+        except (ValueError, KeyError) as e:
+            raise UserError(f"--own {name} must be of type {kind.__name__}, got {value!r}") from e
+    return found
 
 
 METHODS: Registry[type[Method] | type[Selection]] = Registry("method")
