@@ -1,4 +1,4 @@
-"""STAGE 5: two sets of runs against each other, network by network: the difference and its interval.
+"""STAGE 5: two sets of runs against each other, pair by pair: the difference and its interval.
 
 ``python -m ddpp.compare --first runs/mtt-seed0 runs/mtt-seed1 --second runs/ddpp-seed0 runs/ddpp-seed1``
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,29 +27,37 @@ def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:
     """Second minus first in points of test accuracy, for each architecture that all runs evaluated.
 
     Network n of a run is paired with network n of the other: both began from the same weights and saw the same draws.
+    Networks on one synthetic set tell of that set alone: of several runs a side, each pair counts once, with the mean
+    over its networks, and the interval is one of distillations.
 
     Returns:
-        ``difference`` by architecture: ``mean``, ``margin`` (half of the 95 % interval), ``pairs``; and ``score``, the
-        mean LRS of each side where all real data was trained on with hard labels.
+        ``difference`` by architecture: ``mean``, ``margin`` (half of the 95 % interval), ``pairs``; ``of``, what these
+        are, "networks" or "distillations"; and ``score``, the mean LRS of each side where all real data was trained on
+        with hard labels.
 
     Raises:
-        UserError: not as many runs on both sides, an unfinished run, or runs of different data, images a class or
-            protocol; the message names the first difference.
+        UserError: not as many runs on both sides, one of them twice, an unfinished run, or runs of different data,
+            images a class or protocol; the message names the first difference.
     """
     if len(first) != len(second):
         raise UserError(f"--first and --second must name as many runs, got {len(first)} and {len(second)}")
+    for option, folders in (("--first", first), ("--second", second)):
+        if len({path.resolve() for path in folders}) < len(folders):
+            raise UserError(f"{option} names a run twice, which would count as two; name each once")
     pairs = [(_read(a), _read(b)) for a, b in zip(first, second, strict=True)]
     for (a, b), names in zip(pairs, zip(first, second, strict=True), strict=True):
         _check_alike(a, b, names)
     shared = [name for name in pairs[0][0]["models"] if all(name in run["models"] for pair in pairs for run in pair)]
     differences = {}
     for name in shared:
-        before, after = ([n for pair in pairs for n in _networks(pair[side], name)] for side in (0, 1))
+        sides = [[_networks(pair[side], name) for pair in pairs] for side in (0, 1)]
+        before, after = (found[0] if len(pairs) == 1 else list(map(statistics.fmean, found)) for found in sides)
         differences[name] = scores.paired_difference(before, after)._asdict()
     return {
         "first": [str(path) for path in first],
         "second": [str(path) for path in second],
         "difference": differences,
+        "of": "networks" if len(pairs) == 1 else "distillations",
         "score": {side: _score([pair[i] for pair in pairs]) for i, side in enumerate(("first", "second"))},
     }
 
@@ -96,13 +105,23 @@ def _score(side: list[dict[str, Any]]) -> float | None:
     return sum(found) / len(found)
 
 
-def _table(result: dict[str, Any]) -> str:
-    lines = ["| network | second - first, points | 95 % interval | pairs |", "|---|---|---|---|"]
+HEAD = "| network | second - first, points | 95 % interval | pairs |"
+
+
+def rows(result: dict[str, Any], prefix: str = "") -> list[str]:
+    """Under :data:`HEAD`, a line of Markdown for each architecture."""
+    lines = []
     for name, values in result["difference"].items():
-        d = Difference(**values)
-        lines.append(f"| {name} | {d.mean:+.2f} | {d.mean - d.margin:+.2f} to {d.mean + d.margin:+.2f} | {d.pairs} |")
+        d, of = Difference(**values), result["of"]
+        interval = f"{d.mean - d.margin:+.2f} to {d.mean + d.margin:+.2f}"
+        lines.append(f"| {prefix}{name} | {d.mean:+.2f} | {interval} | {d.pairs} {of} |")
+    return lines
+
+
+def _table(result: dict[str, Any]) -> str:
     known = [f"{side} {value:.4f}" for side, value in result["score"].items() if value is not None]
-    return "\n".join([*lines, "", *(["LRS (0 to 1): " + ", ".join(known)] if known else [])])
+    scored = ["LRS (0 to 1): " + ", ".join(known)] if known else []
+    return "\n".join([HEAD, "|---|---|---|---|", *rows(result), "", *scored])
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:
@@ -121,7 +140,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(
         "compare",
-        "Compare two sets of runs, paired network by network.",
+        "Compare two sets of runs, pair by pair.",
         "compare",
         (),
         _run,

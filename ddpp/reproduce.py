@@ -8,9 +8,11 @@ A cell is a run folder of :mod:`ddpp.distill`. A finished one is kept, a cut one
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import itertools
+import statistics
 import sys
 import time
 import tomllib
@@ -25,7 +27,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ddpp import cli, distill, runs
+from ddpp import cli, compare, distill, runs
 from ddpp import config as configuration
 from ddpp.config import Config
 from ddpp.errors import UserError
@@ -73,8 +75,13 @@ class Cell:
 
     method: str
     ipc: int
+    seed: int
     folder: Path
     full: bool  # also trained on all real data, which is the same for all
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.ipc} images per class, seed {self.seed}"
 
     @property
     def results(self) -> dict[str, Any] | None:
@@ -113,13 +120,13 @@ def reproduce(target: Table, cells: Sequence[Cell], config: Config, budget: str,
             raise runs.Stopped(f"stopped in {free.folder}; the same command continues", code - 128)
         if code and not _in_use(free):  # by a process that has begun it meanwhile
             tried.add(free)
-            failed.append(f"{free.method}, {free.ipc} images per class: exit code {code}, see above")
+            failed.append(f"{free.name}: exit code {code}, see above")
     return failed
 
 
 def _headline(cell: Cell, done: int, total: int, seconds: float) -> str:
     remaining = f", about {seconds / done * (total - done) / 60:.0f} min left" if done else ""
-    return f"\n[{done + 1}/{total}] {cell.method}, {cell.ipc} images per class{remaining}"
+    return f"\n[{done + 1}/{total}] {cell.name}{remaining}"
 
 
 def _in_use(cell: Cell) -> bool:
@@ -140,7 +147,8 @@ def _configuration(target: Table, cell: Cell, config: Config, budget: str, given
         values.setdefault("evaluate", {}).update({} if cell.full else {"full_epochs": 0})
     if target.architectures:
         values.setdefault("evaluate", {}).update(models=list(target.architectures), search_lr=target.search_lr)
-    return Config().with_values(values, f"{cell.method}, {cell.ipc} images per class").with_values(given, "reproduce")
+    settings = Config().with_values(values, cell.name).with_values(given, "reproduce")
+    return settings.with_values({"run": {"seed": cell.seed}}, "--seeds")
 
 
 def _arguments_of(cell: Cell, settings: Config) -> list[str]:
@@ -207,25 +215,44 @@ def _rows(target: Table, cells: Sequence[Cell], dataset: str) -> list[Row]:
         own = [cell for cell in cells if cell.method == method]
         if target.architectures:
             theirs = published.get(f"{dataset}-architectures", {}).get(method, {})
-            found = (own[0].results or {}).get("models", {})
+            found = [(cell.results or {}).get("models", {}) for cell in own]
             keys = [method, "random", *([f"{method}/searched", "random/searched"] if target.search_lr else [])]
             for key in keys:
-                figures = [found.get(name, {}).get(key) for name in target.architectures]
+                figures = [
+                    _merged([models.get(name, {}).get(key) for models in found]) for name in target.architectures
+                ]
                 shown = [theirs.get(name, "") if key == method else "" for name in target.architectures]
                 rows.append((_with(method, key), figures, shown))
             continue
-        theirs = published.get(dataset, {}).get(method, {})
-        tables = [(cell.results or {}).get("accuracy", {}) for cell in own]
-        rows.append((method, [t.get(method) for t in tables], [theirs.get(str(cell.ipc), "") for cell in own]))
-        habit = f"{method}/test"
-        if any(habit in t for t in tables):
-            rows.append((runs.condition_name(habit), [t.get(habit) for t in tables], [""] * len(own)))
+        theirs, ipcs = published.get(dataset, {}).get(method, {}), dict.fromkeys(cell.ipc for cell in own)
+        tables = [[(cell.results or {}).get("accuracy", {}) for cell in own if cell.ipc == ipc] for ipc in ipcs]
+        for key in (method, f"{method}/test"):
+            figures = [_merged([table.get(key) for table in of_seeds]) for of_seeds in tables]
+            if key == method:
+                rows.append((method, figures, [theirs.get(str(ipc), "") for ipc in ipcs]))
+            elif any(figures):
+                rows.append((runs.condition_name(key), figures, [""] * len(ipcs)))
     if not target.architectures:
         first = next((cell for cell in cells if (cell.results or {}).get("accuracy", {}).get("full")), None)
         if first and first.results:
             count = len({cell.ipc for cell in cells})
             rows.append(("all real data", [first.results["accuracy"]["full"]] * count, [""] * count))
     return rows
+
+
+def _merged(found: Sequence[Figure]) -> Figure:
+    """The figure of several distillations: mean and standard deviation of their means."""
+    figures = [figure for figure in found if figure]
+    if len(figures) < 2:
+        return figures[0] if figures else None
+    means = [figure["mean"] for figure in figures]
+    diverged = sum(figure.get("diverged", 0) for figure in figures)
+    return {
+        "mean": statistics.fmean(means),
+        "std": statistics.stdev(means),
+        "networks": [accuracy for figure in figures for accuracy in figure["networks"]],
+        **({"diverged": diverged} if diverged else {}),
+    }
 
 
 def _with(method: str, condition: str) -> str:
@@ -245,20 +272,37 @@ def _markdown(rows: list[Row], columns: Sequence[str], target: Table, cells: Seq
         ]
         lines.append(f"| {name} | {' | '.join(pairs)} |")
     finished = [cell.results for cell in cells if cell.results]
-    networks = finished[0]["protocol"]["networks"] if finished else 0
+    networks, seeds = finished[0]["protocol"]["networks"] if finished else 0, len({cell.seed for cell in cells})
+    over = f"{networks} networks trained from scratch"
+    if seeds > 1:
+        over = f"{seeds} distillations, each the mean of {over}"
     minutes = sum(sum(found["seconds"].values()) for found in finished) / 60
     return "\n".join(
         [
             *lines,
             "",
-            f"Test accuracy in percent, mean ± standard deviation (ddof 1) over {networks} networks trained from "
-            "scratch, synthetic images of the last outer step unless a row says otherwise.",
+            f"Test accuracy in percent, mean ± standard deviation (ddof 1) over {over}, synthetic images of the last "
+            "outer step unless a row says otherwise.",
             f"{len(finished)} of {len(cells)} runs, {minutes:.0f} minutes in all: `{command}`.",
             "",
+            *_against_mtt(cells),
             "![the table](table.png)",
             "",
         ]
     )
+
+
+def _against_mtt(cells: Sequence[Cell]) -> list[str]:
+    """What pruning changes, where both methods were run: the difference of DDPP to MTT, with its interval."""
+    lines: list[str] = []
+    for ipc in dict.fromkeys(cell.ipc for cell in cells):
+        done = {(c.method, c.seed): c.folder for c in cells if c.ipc == ipc and c.results}
+        seeds = [seed for method, seed in done if method == "mtt" and ("ddpp", seed) in done]
+        sides = ([done[method, seed] for seed in seeds] for method in ("mtt", "ddpp"))
+        with contextlib.suppress(UserError):  # other options were given to one of them
+            lines += compare.rows(compare.compare(*sides), f"{ipc} | ") if seeds else []
+    head = ["ddpp - mtt, paired by the seed:", "", f"| images per class {compare.HEAD}", "|---" * 5 + "|"]
+    return [*head, *lines, ""] if lines else []
 
 
 def _csv(rows: list[Row], columns: Sequence[str]) -> str:
@@ -306,7 +350,7 @@ def _draw_images(cells: Sequence[Cell], path: Path) -> None:
     for axis, cell in zip(axes[:, 0], cells, strict=True):
         if (cell.folder / "images.png").is_file():
             axis.imshow(plt.imread(cell.folder / "images.png"))
-        axis.set_title(cell.method)
+        axis.set_title(cell.name)
         axis.set_axis_off()
     with runs.replacing(path) as temporary:
         figure.savefig(temporary, dpi=160, metadata={"Software": None})
@@ -318,22 +362,21 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     methods = tuple(args.methods or target.methods)
     for name in methods:
         METHODS.get(name)
-    dataset = config.data.dataset
-    seed = config.run.seed
-    ipcs = tuple(args.ipc or target.ipcs)
+    dataset, ipcs = config.data.dataset, tuple(args.ipc or target.ipcs)
+    seeds = tuple(args.seeds or [config.run.seed])
     if target.architectures and len(ipcs) > 1:
         raise UserError(f"{args.target} shows one number of images per class, got --ipc {' '.join(map(str, ipcs))}")
     folder = Path(args.out or f"runs/{args.target}-{dataset}-{args.budget}")
-    shows_full = not target.architectures
+    wanted = list(itertools.product(methods, ipcs, seeds))
     cells = [
         Cell(
             method,
             ipc,
+            seed,
             folder / f"{dataset}-{method}-ipc{ipc}-seed{seed}",
-            full=shows_full and (method, ipc) == (methods[0], ipcs[0]),
+            full=not target.architectures and (method, ipc, seed) == wanted[0],
         )
-        for method in methods
-        for ipc in ipcs
+        for method, ipc, seed in wanted
     ]
     given = _given(config, args)
     failed = reproduce(target, cells, config, args.budget, given)
@@ -361,6 +404,7 @@ def _command(args: argparse.Namespace, given: Given) -> str:
     words = ["python -m ddpp.reproduce", args.target, "--budget", args.budget]
     words += ["--methods", *args.methods] if args.methods else []
     words += ["--ipc", *args.ipc] if args.ipc else []
+    words += ["--seeds", *args.seeds] if args.seeds else []
     for section, table in given.items():
         for name, value in table.items():
             flag = (f"evaluate_{name}" if section == "evaluate" else name).replace("_", "-")
@@ -380,7 +424,20 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ipc", nargs="+", type=_positive, metavar="N", help="Images per class (default: the target's)."
     )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=_whole,
+        metavar="N",
+        help="Distillations of each cell, a seed each; the table then shows their spread (default: that of --seed).",
+    )
     parser.add_argument("--out", metavar="DIR", help="Folder of the runs (default: runs/<target>-<dataset>-<budget>).")
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -87,7 +87,34 @@ def test_two_runs_are_compared_network_by_network(
     assert compare.main(argv) == 0
     difference = json.loads((tmp_path / "c.json").read_text())["difference"]["convnet"]
     assert difference["mean"] == pytest.approx(3) and difference["margin"] == pytest.approx(0, abs=1e-9)
-    assert "| convnet | +3.00 |" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| convnet | +3.00 |" in shown and "| 3 networks |" in shown
+
+
+def with_networks(folder: Path, to: Path, seed: int, gains: list[float]) -> Path:
+    """A copy of a run, of another seed, whose networks are better by so much."""
+    other = changed(folder, to, "run", "seed", seed)
+    results = json.loads((other / "results.json").read_text())
+    found = results["models"]["convnet"]["dm"]
+    found["networks"] = [n + gain for n, gain in zip(found["networks"], gains, strict=True)]
+    (other / "results.json").write_text(json.dumps(results))
+    return other
+
+
+def test_of_several_runs_each_counts_once(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Networks on one synthetic set are no independent trials of the method."""
+    first = [with_networks(finished, tmp_path / f"first{seed}", seed, [0, 0, 0]) for seed in (0, 1)]
+    gains = ([3, 3, 3], [-5, 1, 7])
+    second = [with_networks(finished, tmp_path / f"second{seed}", seed, gain) for seed, gain in enumerate(gains)]
+    found = compare.compare(first, second)
+    assert found["of"] == "distillations" and found["difference"]["convnet"]["pairs"] == 2
+    assert found["difference"]["convnet"]["mean"] == pytest.approx(2)
+    assert found["difference"]["convnet"]["margin"] == pytest.approx(12.706)  # of 3 and 1
+    argv = ["--first", *map(str, first), "--second", *map(str, second)]
+    assert compare.main(argv) == 0
+    assert "| convnet | +2.00 | -10.71 to +14.71 | 2 distillations |" in capsys.readouterr().out
+    assert compare.main([*argv[:2], str(first[0]), *argv[3:]]) == 2
+    assert "--first names a run twice" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,34 @@ def test_options_of_the_evaluation_reach_every_run(tmp_path: Path, monkeypatch: 
     assert "--methods dm --ipc 1 --evaluate-models convnet --evaluate-networks 3 --no-evaluate-search-lr" in text
 
 
+def test_several_distillations_of_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spread is theirs, and pruning is judged pair by pair."""
+    teachers = {"count": 1, "epochs": 2, "folder": str(tmp_path / "teachers")}
+    moved = {"steps": 2, "inner_steps": 2, "max_start_epoch": 1}
+    monkeypatch.setattr(reproduce, "QUICK", {1: {**TINY[1], "teachers": teachers, "distill": moved}})
+    argv = ["table1", "--methods", "mtt", "ddpp", "--ipc", "1", "--out", str(tmp_path), "--seeds", "3", "5"]
+    assert reproduce.main(argv) == 0
+    results = {
+        (method, seed): runs.read_json(tmp_path / f"digits-{method}-ipc1-seed{seed}" / "results.json")
+        for method in ("mtt", "ddpp")
+        for seed in (3, 5)
+    }
+    assert [found["config"]["run"]["seed"] for found in results.values()] == [3, 5, 3, 5]
+    means = {key: found["accuracy"][key[0]]["mean"] for key, found in results.items()}
+    text = (tmp_path / "table.md").read_text()
+    assert "over 2 distillations, each the mean of 2 networks" in text and "--ipc 1 --seeds 3 5" in text
+    with open(tmp_path / "table.csv", encoding="utf-8") as file:
+        rows = {row["trained on"]: row for row in csv.DictReader(file)}
+    for method in ("mtt", "ddpp"):
+        own = [means[method, seed] for seed in (3, 5)]
+        assert float(rows[method]["mean"]) == pytest.approx(statistics.fmean(own))
+        assert float(rows[method]["std"]) == pytest.approx(statistics.stdev(own)) and rows[method]["networks"] == "4"
+    difference = statistics.fmean(means["ddpp", seed] - means["mtt", seed] for seed in (3, 5))
+    assert f"| 1 | convnet | {difference:+.2f} | " in text and "| 2 distillations |" in text
+
+
 def test_published_figures_stand_beside(tmp_path: Path) -> None:
-    cells = [reproduce.Cell("ddpp", n, tmp_path / f"ipc{n}", full=False) for n in (1, 10)]
+    cells = [reproduce.Cell("ddpp", n, 0, tmp_path / f"ipc{n}", full=False) for n in (1, 10)]
     finished(cells[0].folder, {"random": figure(14), "ddpp": figure(45.25), "full": None, "ddpp/test": figure(46)})
     text = reproduce.write(reproduce.TARGETS["table1"], cells, tmp_path, "cifar10", "command")
     assert "| ddpp | 45.2 ± 1.5 | 46.4 ± 0.6 | not run | 65.5 ± 0.3 |" in text
@@ -94,7 +121,7 @@ def test_published_figures_stand_beside(tmp_path: Path) -> None:
 
 
 def test_other_architectures_with_both_rates(tmp_path: Path) -> None:
-    cell = reproduce.Cell("mtt", 10, tmp_path / "run", full=False)
+    cell = reproduce.Cell("mtt", 10, 0, tmp_path / "run", full=False)
     finished(cell.folder, {"random": figure(20), "mtt": figure(60), "mtt/searched": figure(62), "full": None})
     text = reproduce.write(reproduce.TARGETS["table3"], [cell], tmp_path, "cifar10", "command")
     assert "| mtt | 60.0 ± 1.5 | 64.3 ± 0.7 | not run | 34.2 ± 2.6 |" in text
@@ -114,7 +141,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     monkeypatch.setattr(distill, "main", main)
     argv = ["table1", "--methods", "herding", "random", "--ipc", "1", "--out", str(tmp_path)]
     assert reproduce.main(argv) == 2
-    assert "herding, 1 images per class: exit code 2" in capsys.readouterr().err
+    assert "herding, 1 images per class, seed 0: exit code 2" in capsys.readouterr().err
     assert "| herding | not run |" in (tmp_path / "table.md").read_text()
 
 
@@ -188,7 +215,7 @@ def test_wrong_requests_are_named(
 
 def test_every_quick_preset_is_a_cell() -> None:
     for method in ("dc", "dsa", "dm", "mtt", "ddpp"):  # cafe and kip have one for digits only
-        cell = reproduce.Cell(method, 1, Path("absent"), full=False)
+        cell = reproduce.Cell(method, 1, 0, Path("absent"), full=False)
         for dataset in ("digits", "folder", "svhn"):
             values = reproduce._preset(
                 cell, reproduce.Config().with_values({"data": {"dataset": dataset}}, ""), "quick"
