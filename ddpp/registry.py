@@ -63,7 +63,10 @@ def load_plugins(names: Iterable[str]) -> None:
     """
     for name in names:
         try:
-            _run_file(Path(name).resolve()) if name.endswith(".py") else importlib.import_module(name)
+            if name.endswith(".py"):
+                _run_file(Path(name).resolve())
+            else:
+                importlib.import_module(name)
         except Exception as e:
             lines = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(e.__traceback__)]
             own = [line for line in lines if not line.startswith(("<frozen", __file__, importlib.__file__))]
@@ -77,4 +80,8 @@ def _run_file(path: Path) -> None:
     if key in sys.modules or spec is None or spec.loader is None:
         return
     sys.modules[key] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[key])
+    try:
+        spec.loader.exec_module(sys.modules[key])
+    except BaseException:
+        del sys.modules[key]
+        raise

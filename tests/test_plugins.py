@@ -15,7 +15,20 @@ from ddpp.models import MODELS
 from ddpp.registry import load_plugins
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-SHORT = ["--threads", "1", "--steps", "3", "--evaluate-networks", "2", "--evaluate-epochs", "2"]
+SHORT = [
+    "--threads",
+    "1",
+    "--width",
+    "8",
+    "--steps",
+    "3",
+    "--evaluate-full-epochs",
+    "0",
+    "--evaluate-networks",
+    "2",
+    "--evaluate-epochs",
+    "2",
+]
 OWN_DATA_AND_NETWORK = """
 import torch
 from torch import nn
@@ -124,8 +137,10 @@ def test_what_is_wrong_with_a_plugin_is_one_line(
     path = tmp_path / "bad.py"
     if text:
         path.write_text(text, encoding="utf-8")
-    assert teachers.main(["--plugins", str(path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    for _ in range(2):
+        assert teachers.main(["--plugins", str(path)]) == 2
+    line, again = capsys.readouterr().err.splitlines()
+    assert line == again
     assert re.search(rf"^ddpp\.teachers: error: --plugins .*bad\.py cannot be loaded: .*{message}", line)
 
 
