@@ -40,23 +40,35 @@ class CudaGraphs:
         sides: streams beside the main one; without, all kernels of a graph follow each other.
     """
 
+    #: Of any capture in this process. Torch's allocator does not get over one that broke off, so no other is tried.
+    failed = False
+
     def __init__(self, sides: int = SIDES) -> None:
         self.sides = sides
         self._streams: list[torch.cuda.Stream] = []  # for all graphs the same, since memory belongs to a stream
         self._pool: Any = None
 
     def __call__(self, call: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
-        stream = torch.cuda.Stream()
-        self._streams = self._streams or [torch.cuda.Stream() for _ in range(self.sides)]
-        stream.wait_stream(torch.cuda.current_stream())
-        with side_streams(self._streams):
-            with torch.cuda.stream(stream):
+        if CudaGraphs.failed:
+            raise RuntimeError("an earlier capture failed in this process")
+        # Warmed up and captured on one stream: libraries keep memory for each that they have ever worked on.
+        self._streams = self._streams or [torch.cuda.Stream() for _ in range(1 + self.sides)]
+        main, *sides = self._streams
+        current = torch.cuda.current_stream()
+        main.wait_stream(current)
+        with side_streams(sides):
+            with torch.cuda.stream(main):
                 for _ in range(_WARM_UP):
                     call()
-            torch.cuda.current_stream().wait_stream(stream)
+            current.wait_stream(main)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                results = call()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=main):
+                    results = call()
+            except RuntimeError:
+                CudaGraphs.failed = True
+                torch.cuda.set_stream(current)  # one that broke off leaves its own
+                raise
         self._pool = graph.pool()
         return results, graph.replay
 

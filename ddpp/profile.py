@@ -18,12 +18,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 from ddpp import augment, cli, data, models, runs, seeds, synthetic
 from ddpp.config import SECTIONS, Config
 from ddpp.dual import ConvNetStep, Step
+from ddpp.gpu import Graphs
 from ddpp.models import flat
 from ddpp.ops import convnet
 from ddpp.unroll import Matching, matching_gradients, provider
@@ -53,6 +55,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
 OTHER, OUTSIDE = "other operators", "outside operators"
 
 
+Call = Callable[[Graphs | None], Matching]
+
+
 class Profile(NamedTuple):
     """Milliseconds by room and megabytes by what they hold."""
 
@@ -66,18 +71,24 @@ def room(operator: str) -> str:
     return next((name for name, starts in ROOMS.items() if operator.startswith(starts)), OTHER)
 
 
-def measure(call: Callable[[], Matching], step: Step, device: torch.device) -> Profile:
-    """Times an outer step, its second and third call, and adds up what its provider of a step holds."""
+def measure(call: Call, step: Step, device: torch.device, graphs: Graphs | None = None) -> Profile:
+    """Times an outer step, its second and third call, and adds up what its provider of a step holds.
 
-    def timed() -> float:
+    Args:
+        graphs: what replays its inner steps where nothing watches; a graph does not tell of its operators.
+    """
+
+    def timed(graphs: Graphs | None = None) -> float:
         began = time.perf_counter()
-        call()
+        call(graphs)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return 1e3 * (time.perf_counter() - began)
 
-    timed()
-    total = timed()
+    timed(graphs)
+    total = timed(graphs)
+    if graphs:
+        timed()  # what the first call launched one by one makes
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     account = torch.zeros(len(convnet.TIMES) + len(convnet.BYTES), dtype=torch.float64)
@@ -89,6 +100,8 @@ def measure(call: Callable[[], Matching], step: Step, device: torch.device) -> P
         step.account = None
     rooms = dict.fromkeys([*ROOMS, OTHER], 0.0)
     for event in profiler.key_averages():
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel, whose time its operator has too
         rooms[room(event.key)] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
     stages = dict(zip(convnet.TIMES, (1e3 * account[: len(convnet.TIMES)]).tolist(), strict=True))
     rooms[WAITING] = max(0.0, rooms[WAITING] - sum(stages.values()))
@@ -99,7 +112,7 @@ def measure(call: Callable[[], Matching], step: Step, device: torch.device) -> P
     return Profile(rooms, held, total)
 
 
-def outer_step(config: Config, device: torch.device) -> tuple[Callable[[], Matching], Step, dict[str, float]]:
+def outer_step(config: Config, device: torch.device) -> tuple[Call, Step, dict[str, float]]:
     """One outer step as ``ddpp.distill`` would take it, its provider, and megabytes of what the unroll keeps."""
     settings, fused = config.distill, config.run.use_fused_kernels
     dataset = data.load(config.data)
@@ -117,7 +130,7 @@ def outer_step(config: Config, device: torch.device) -> tuple[Callable[[], Match
     )
     step = provider(network, "auto" if fused else "autograd", tile=config.run.winograd, bf16=config.run.bf16)
 
-    def call() -> Matching:
+    def call(graphs: Graphs | None = None) -> Matching:
         return matching_gradients(
             network,
             start,
@@ -132,6 +145,7 @@ def outer_step(config: Config, device: torch.device) -> tuple[Callable[[], Match
             fused=fused,
             step=step,
             checkpoint_every=settings.keep_every,
+            graphs=graphs,
         )
 
     states = -(-len(batches) // settings.keep_every) + 1
@@ -164,7 +178,8 @@ def draw(found: Profile, path: Path) -> None:
 def _run(config: Config, args: argparse.Namespace) -> None:
     device = cli.device(config)
     call, step, kept = outer_step(config, device)
-    found = measure(call, step, device)
+    captured = config.run.cuda_graphs and config.run.use_fused_kernels and device.type == "cuda"
+    found = measure(call, step, device, Graphs() if captured else None)
     found = found._replace(megabytes={**found.megabytes, **kept})
     settings = config.distill
     print(

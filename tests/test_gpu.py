@@ -1,8 +1,9 @@
 """Graphs of student steps, with a stand-in that calls again in place of a GPU, and steps that nobody waits for."""
 
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from test_unroll import problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpp import augment, distill, models, unroll
-from ddpp.config import DistillConfig, ModelConfig
-from ddpp.gpu import MOST_GRAPHS, Graphs, Results, send
-from ddpp.methods import Update
+from ddpp import augment, data, distill, models, synthetic, unroll
+from ddpp.config import Config, DistillConfig, ModelConfig
+from ddpp.gpu import MOST_GRAPHS, CudaGraphs, Graphs, Results, send
+from ddpp.methods import METHODS, Problem, Update
 from ddpp.models import flat
 from ddpp.ops._streams import SIDES, Beside, side_streams
 from ddpp.synthetic import Synthetic
@@ -128,6 +129,43 @@ def test_a_step_that_cannot_be_captured_is_computed_without() -> None:
     assert torch.equal(matching_gradients(**p, step=step, graphs=graphs).images, wanted.images)  # and says so once
 
 
+class HalfAGpu:
+    """Of torch.cuda what a capture needs. Its graphs break off as CUDA's do: at their end, the stream still theirs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tried, self.current = 0, self.own_stream()
+        monkeypatch.setattr(CudaGraphs, "failed", False)
+        for name, value in {
+            "Stream": self.own_stream,
+            "stream": lambda stream: nullcontext(),
+            "current_stream": lambda: self.current,
+            "set_stream": lambda stream: setattr(self, "current", stream),
+            "CUDAGraph": object,
+            "graph": self.graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def own_stream(self) -> Any:
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any) -> Iterator[None]:
+        self.tried, self.current = self.tried + 1, stream
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_after_a_capture_that_broke_off_no_other_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = HalfAGpu(monkeypatch)
+    before = gpu.current
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs: operation failed due to a previous error"):
+        assert Graphs()(torch.neg, torch.ones(2)).tolist() == [-1, -1]
+    assert gpu.current is before
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs: an earlier capture failed in this process"):
+        assert Graphs()(torch.neg, torch.ones(2)).tolist() == [-1, -1]
+    assert gpu.tried == 1
+
+
 def test_on_the_cpu_nothing_is_pinned() -> None:
     tensor = torch.arange(3)
     assert send(tensor, torch.device("cpu")) is tensor
@@ -225,6 +263,22 @@ def test_nobody_waits_within_an_unroll(name: str, soft: bool, monkeypatch: pytes
     step = provider(p["network"], name)
     with NobodyWaits():
         matching_gradients(**p, step=step, checkpoint_every=2)
+
+
+@pytest.mark.parametrize("name", ["dc", "dsa", "dm"])
+def test_nobody_waits_within_an_outer_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of methods that look at real images; cafe asks for an accuracy after each epoch, and kip tells its own."""
+    settings = Config(model=ModelConfig(width=8), distill=DistillConfig(real_batch=8, loops=2))
+    dataset = data.load(settings.data)
+    network = models.build(settings.model, dataset.shape, 10, seed=0)
+    groups = augment.groups_for("auto", dataset.strategy)
+    method = METHODS.get(name)(Problem(settings, dataset, network, [], groups, torch.device("cpu")))
+    start = synthetic.start(dataset, 2, "real", 0.01, 0)
+    memory = method.update(start, 0, {}).memory  # what is made once
+    monkeypatch.setattr(unroll, "_may_be_read", lambda tensor: False)  # as on a GPU
+    for step in (1, 2):
+        with NobodyWaits():
+            memory = method.update(start, step, memory).memory
 
 
 def test_waiting_would_be_seen() -> None:

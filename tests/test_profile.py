@@ -1,12 +1,17 @@
 """The profile adds up, names what it measured, and draws it."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_gpu import Recorder
+from torch.autograd import DeviceType
 
 from ddpp import profile
 from ddpp.config import Config, DistillConfig, ModelConfig
+from ddpp.gpu import Graphs
 from ddpp.ops import convnet
 from ddpp.ops._library import implementation
 
@@ -43,6 +48,24 @@ def test_what_is_measured(engine: str) -> None:
         assert found.milliseconds["norm, activation, pooling"] > 0
         if implementation("convnet_adjoint", "cpu")[0] == "C++":
             assert found.megabytes["planes"] > 0 and found.milliseconds["gradients of weights"] > 0
+
+
+def test_inner_steps_may_be_replayed_where_nothing_watches() -> None:
+    config, recorder = Config(model=ModelConfig(width=8), distill=DistillConfig(inner_steps=3)), Recorder()
+    call, step, _ = profile.outer_step(config, torch.device("cpu"))
+    found = profile.measure(call, step, torch.device("cpu"), Graphs(recorder))
+    assert recorder.captured == 2 and found.milliseconds["norm, activation, pooling"] > 0
+
+
+def test_a_kernel_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile of a GPU tells of an operator with its kernels' time, and of the kernels."""
+    rows = [("aten::addmm", DeviceType.CPU), ("gemm_128x128", DeviceType.CUDA)]
+    events = [SimpleNamespace(key=key, device_type=kind, self_cpu_time_total=2000.0) for key, kind in rows]
+    watched = SimpleNamespace(key_averages=lambda: events)
+    monkeypatch.setattr(profile, "torch_profile", lambda activities: nullcontext(watched))
+    call, step, _ = profile.outer_step(Config(model=ModelConfig(width=8)), torch.device("cpu"))
+    found = profile.measure(call, step, torch.device("cpu")).milliseconds
+    assert found["products of matrices"] == 2 and found[profile.OTHER] == 0
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

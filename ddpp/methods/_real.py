@@ -1,4 +1,4 @@
-"""What selections of real images share: a network trained on all of them, and one class at a time."""
+"""What methods share that look at real images: a network trained on all of them, and one class at a time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,41 @@ from torch import Tensor
 
 from ddpp import models, seeds, training
 from ddpp.errors import UserError
+from ddpp.gpu import send
 from ddpp.methods import Problem
 from ddpp.models import Network
 from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
 _AT_ONCE = 500  # images
+
+
+class ByClass:
+    """Draws of real images from each class, and the places of synthetic ones, for which no host waits.
+
+    The training images are on the problem's device.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._images, self._classes = problem.dataset.train_images.to(problem.device), len(problem.dataset.classes)
+        self._members = self._where(problem.dataset.train_labels)
+        self._labels: Tensor | None = None
+        self._places: list[Tensor] = []
+
+    def draw(self, label: int, count: int, draw: torch.Generator) -> Tensor:
+        """At most ``count`` real images of a class. [n, C, H, W]"""
+        members = self._members[label]
+        chosen = members[torch.randperm(len(members), generator=draw)[:count]]
+        return self._images[send(chosen, self._images.device)]
+
+    def places(self, labels: Tensor) -> list[Tensor]:
+        """Where the images of each class stand among those labelled so; found once for labels that stay. K of [n]"""
+        if labels is not self._labels:
+            self._labels, self._places = labels, [send(where, labels.device) for where in self._where(labels.cpu())]
+        return self._places
+
+    def _where(self, labels: Tensor) -> list[Tensor]:
+        return [torch.nonzero(labels == k).flatten() for k in range(self._classes)]
 
 
 def trained_network(problem: Problem, on_epoch: Callable[[Network], None] | None = None) -> Network:

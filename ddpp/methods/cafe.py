@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,34 +38,34 @@ class CAFE(DC):
         if theta is None or history is None or _settled(history, self.settings.outer_change):
             theta, history = self._fresh(step), synthetic.images.new_empty(0)
         draw = seeds.generator(self.seed, "cafe", step)
-        real, labels = self._real_batch(draw)
+        parts = [self.by_class.draw(label, self.settings.real_batch, draw) for label in range(self.classes)]
+        labels = torch.cat([torch.full((len(part),), k, device=part.device) for k, part in enumerate(parts)])
         images = synthetic.images.detach().requires_grad_()
-        loss = self._loss(theta, images, synthetic.labels, real, labels, draw)
+        loss = self._loss(theta, images, synthetic.labels, parts, labels, draw)
         (gradient,) = torch.autograd.grad(loss, images)
-        theta, accuracy = self._trained_until_settled(theta, synthetic, real, labels, draw)
+        theta, accuracy = self._trained_until_settled(theta, synthetic, torch.cat(parts), labels, draw)
         history = torch.cat([history, history.new_tensor([accuracy])])[-_WINDOW:]
         unlearned, everything = torch.zeros_like(synthetic.step_size), torch.ones((), device=images.device)
         memory = {"network": theta, "accuracy": history}
         return Update(loss.detach(), gradient, unlearned, everything, {}, memory=memory)
 
-    def _real_batch(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """``real_batch`` images of each class, class by class, and their labels."""
-        count, dataset = self.settings.real_batch, self.problem.dataset
-        index = torch.cat([m[torch.randperm(len(m), generator=draw)[:count]] for m in self.members])
-        device = self.problem.device
-        return dataset.train_images[index].to(device), dataset.train_labels[index].to(device)
-
     def _loss(
-        self, theta: Tensor, images: Tensor, truth: Tensor, real: Tensor, labels: Tensor, draw: torch.Generator
+        self,
+        theta: Tensor,
+        images: Tensor,
+        truth: Tensor,
+        real: Sequence[Tensor],
+        labels: Tensor,
+        draw: torch.Generator,
     ) -> Tensor:
-        """[]"""
+        """``real`` holds the images of each class, and ``labels`` those of all. []"""
         distance = images.new_zeros(())
         embedded, centres = [], []
-        for label in range(len(self.members)):
+        for part, mine in zip(real, self.by_class.places(truth), strict=True):
             plan = self._plan(1, siamese=True, draw=draw)
             with torch.no_grad():
-                theirs = self._features(theta, self._augmented(real[labels == label], plan))
-            ours = self._features(theta, self._augmented(images[truth == label], plan))
+                theirs = self._features(theta, self._augmented(part, plan))
+            ours = self._features(theta, self._augmented(images[mine], plan))
             for a, b in zip(ours, theirs, strict=True):
                 distance = distance + (a.mean(0) - b.mean(0)).square().mean()
             embedded.append(theirs[-1])

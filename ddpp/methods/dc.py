@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ddpp import augment, models, seeds
 from ddpp.config import Config
+from ddpp.gpu import send
 from ddpp.methods import METHODS, Memory, Problem, Update
+from ddpp.methods._real import ByClass
 from ddpp.models import flat
 from ddpp.models.flat import Layout
 from ddpp.ops import dsa_augment
@@ -37,9 +39,9 @@ class DC:
         """Every configuration suits."""
 
     def __init__(self, problem: Problem) -> None:
-        config, labels = problem.config, problem.dataset.train_labels
+        config = problem.config
         self.problem, self.settings, self.seed = problem, config.distill, config.run.seed
-        self.members = [torch.nonzero(labels == k).flatten() for k in range(len(problem.dataset.classes))]
+        self.by_class, self.classes = ByClass(problem), len(problem.dataset.classes)
         self.layout = flat.layout(problem.network)
         name = "auto" if config.run.use_fused_kernels else "autograd"
         self.step = provider(problem.network, name, tile=config.run.winograd, bf16=config.run.bf16)
@@ -57,12 +59,10 @@ class DC:
         images, gradient = synthetic.images, torch.zeros_like(synthetic.images)
         total = images.new_zeros(())
         draw = seeds.generator(self.seed, "dc", step)
-        for label, members in enumerate(self.members):
-            chosen = members[torch.randperm(len(members), generator=draw)[: self.settings.real_batch]]
+        for label, mine in enumerate(self.by_class.places(synthetic.labels)):
+            real = self.by_class.draw(label, self.settings.real_batch, draw)
             plan = self._plan(1, siamese=True, draw=draw)
-            real = self.problem.dataset.train_images[chosen].to(images.device)
             target = self._gradient(theta, real, label, plan)
-            mine = synthetic.labels == label
             loss, gradient[mine] = self._match(theta, images[mine], label, plan, target)
             total += loss
         unlearned, everything = torch.zeros_like(synthetic.step_size), torch.ones((), device=images.device)
@@ -83,7 +83,7 @@ class DC:
 
     def _epoch(self, theta: Tensor, synthetic: Synthetic, draw: torch.Generator) -> Tensor:
         """``theta`` after an epoch of SGD. [P]"""
-        order = torch.randperm(len(synthetic.images), generator=draw).to(theta.device)
+        order = send(torch.randperm(len(synthetic.images), generator=draw), theta.device)
         for batch in order.split(_NETWORK_BATCH):
             images = self._augmented(synthetic.images[batch], self._plan(len(batch), siamese=False, draw=draw))
             gradient = self.step.gradient(theta, images, synthetic.labels[batch])
@@ -97,12 +97,14 @@ class DC:
         size = self.problem.dataset.shape[1:]
         mode = self.problem.config.augment.mode
         rows = 1 if siamese else images
-        return augment.draw(1, rows, *size, groups=self.problem.groups, mode=mode, siamese=siamese, generator=draw)[0]
+        groups = self.problem.groups
+        drawn = augment.draw(1, rows, *size, groups=groups, mode=mode, siamese=siamese, generator=draw)[0]
+        return send(drawn, self.problem.device)
 
     def _augmented(self, images: Tensor, plan: Tensor | None) -> Tensor:
         if plan is None:
             return images
-        rows = plan.to(images.device).expand(len(images), -1).contiguous()
+        rows = plan.expand(len(images), -1).contiguous()
         return dsa_augment(images, rows, fused=self.problem.config.run.use_fused_kernels)
 
     def _gradient(self, theta: Tensor, images: Tensor, label: int, plan: Tensor | None) -> Tensor:

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ddpp import augment, models, seeds
 from ddpp.config import Config
+from ddpp.gpu import send
 from ddpp.methods import METHODS, Memory, Problem, Update
+from ddpp.methods._real import ByClass
 from ddpp.ops import dsa_augment
 from ddpp.synthetic import Synthetic
 
@@ -29,19 +31,17 @@ class DM:
         """Every configuration suits."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        labels = problem.dataset.train_labels
-        self.members = [torch.nonzero(labels == k).flatten() for k in range(len(problem.dataset.classes))]
+        self.problem, self.by_class = problem, ByClass(problem)
 
     def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
         problem, seed = self.problem, self.problem.config.run.seed
-        dataset = problem.dataset
+        dataset, classes = problem.dataset, len(problem.dataset.classes)
         network = models.build(
-            problem.config.model, dataset.shape, len(dataset.classes), seed=seeds.derive(seed, "dm network", step)
+            problem.config.model, dataset.shape, classes, seed=seeds.derive(seed, "dm network", step)
         ).to(problem.device)
         draw = seeds.generator(seed, "dm", step)
-        plans = augment.draw(
-            len(self.members),
+        drawn = augment.draw(
+            classes,
             1,
             *dataset.shape[1:],
             groups=problem.groups,
@@ -49,20 +49,21 @@ class DM:
             siamese=True,
             generator=draw,
         )
+        plans = send(drawn, problem.device)
         images = synthetic.images.detach().requires_grad_()
         loss = images.new_zeros(())
-        for label, members in enumerate(self.members):
-            chosen = members[torch.randperm(len(members), generator=draw)[: problem.config.distill.real_batch]]
+        for label, mine in enumerate(self.by_class.places(synthetic.labels)):
             with torch.no_grad():
-                real = self._mean(network, dataset.train_images[chosen].to(problem.device), plans[label])
-            learned = self._mean(network, images[synthetic.labels == label], plans[label])
-            loss = loss + (learned - real).square().sum()
+                real = self.by_class.draw(label, problem.config.distill.real_batch, draw)
+                theirs = self._mean(network, real, plans[label])
+            learned = self._mean(network, images[mine], plans[label])
+            loss = loss + (learned - theirs).square().sum()
         (gradient,) = torch.autograd.grad(loss, images)
         everything = torch.ones((), device=loss.device)
         return Update(loss.detach(), gradient, torch.zeros_like(synthetic.step_size), everything, {})
 
     def _mean(self, network: models.Network, images: Tensor, plan: Tensor) -> Tensor:
         """Mean embedding of images [n, C, H, W] under one row of a plan [1, 16]. [F]"""
-        rows = plan.expand(len(images), -1).contiguous().to(images.device)
+        rows = plan.expand(len(images), -1).contiguous()
         augmented = dsa_augment(images, rows, fused=self.problem.config.run.use_fused_kernels)
         return network.embed(augmented).mean(0)

@@ -12,6 +12,7 @@ from ddpp import seeds
 from ddpp.config import Config
 from ddpp.data import Dataset
 from ddpp.errors import UserError
+from ddpp.gpu import send
 from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.ntk import WideNetwork
 from ddpp.synthetic import Synthetic
@@ -55,7 +56,7 @@ class KIP:
         classes = len(dataset.classes)
         draw = seeds.generator(self.problem.config.run.seed, "kip", step)
         chosen = torch.randperm(len(dataset.train_labels), generator=draw)[: settings.kip_batch]
-        real, labels = dataset.train_images[chosen].to(device), dataset.train_labels[chosen].to(device)
+        real, labels = send(dataset.train_images[chosen], device), send(dataset.train_labels[chosen], device)
 
         images = synthetic.images.detach().requires_grad_()
         held = synthetic.labels.detach()
