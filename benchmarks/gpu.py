@@ -4,8 +4,10 @@
 
 Prints Markdown tables and writes the same as JSON: operators with their share of the bandwidth of copying; the vendor's
 convolution in two layouts; outer steps in float32, in TF32 and with planes in bfloat16, with CUDA graphs on one stream
-and on several, and without, their memory, and how far their pixels' gradient is from float64's; and where the time of
-an outer step goes, by kernel.
+and on several, and without, their memory, and how far their pixels' gradient is from float64's; and at last, since a
+profiler slows what follows it, where the time of an outer step goes, by kernel. ``--search``: outer steps and
+convolutions alone, with the fastest of the vendor's algorithms searched for each shape. It takes a process of its own,
+since cuDNN's plans stay: what was once called without a search is never searched.
 Every side of a case runs in turn, the second-level cache is overwritten before each call, and the median of the
 device's own clock is taken. ``--small --device cpu`` tries the script where there is no GPU; its figures mean nothing.
 """
@@ -31,6 +33,7 @@ import torch.nn.functional as F
 from bench_outer_step import Case
 from machine import processor
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ddpp import augment
@@ -46,13 +49,8 @@ CACHE = 256 * 2**20  # bytes, larger than any second-level cache
 AHEAD = 2_000_000  # cycles of the device, about a millisecond
 KERNELS = 15  # of a profile, the slowest ones
 OUTER_STEPS = {"IPC 1, J = 50": Case(1, 10, 50), "batch 100, J = 30": Case(10, 100, 30)}
-#: TF32, and whether the fastest of the vendor's algorithms is searched for each shape.
-SETTINGS = {
-    "float32": (False, False),
-    "float32, algorithms searched": (False, True),
-    "TF32": (True, False),
-    "TF32, algorithms searched": (True, True),
-}
+PRECISIONS = {"float32": False, "TF32": True}
+STREAMS = 32  # of torch's pool; cuBLAS keeps memory for each that it has worked on
 SMALL_OUTER_STEPS = {"IPC 1, J = 2": Case(1, 10, 2)}
 
 
@@ -182,15 +180,13 @@ def convolutions(clock: Clock, small: bool) -> Iterator[dict[str, Any]]:
         shape = (batch, 8, 4, 4) if small else (batch, 128, 16, 16)
         x, grad = torch.randn(shape, device=clock.device), torch.randn(shape, device=clock.device)
         weight = torch.randn(shape[1], shape[1], 3, 3, device=clock.device)
-        for precision, (tf32, searched) in _settings(clock.device).items():
-            _set_precision(tf32, searched)
+        for precision in _precisions(clock.device):
             sides = {
                 "fused": _convolution(x, weight, grad, torch.channels_last),
                 "pytorch": _convolution(x, weight, grad, torch.contiguous_format),
             }
             name = "x".join(map(str, shape))
             yield {"case": f"convolution and gradients, {name}, {precision}", "ms": clock.medians(sides, 5)}
-    _set_precision(False, False)
 
 
 def _convolution(x: Tensor, weight: Tensor, grad: Tensor, layout: torch.memory_format) -> Side:
@@ -205,34 +201,42 @@ def _convolution(x: Tensor, weight: Tensor, grad: Tensor, layout: torch.memory_f
     return call
 
 
-def _settings(device: torch.device) -> dict[str, tuple[bool, bool]]:
-    """On a CPU they are all the same."""
-    return SETTINGS if device.type == "cuda" else {"float32": SETTINGS["float32"]}
+def _precisions(device: torch.device) -> Iterator[str]:
+    """Names of :data:`PRECISIONS`, each while it holds. On a CPU they are all the same."""
+    searched = ", algorithms searched" if torch.backends.cudnn.benchmark else ""
+    for name, tf32 in PRECISIONS.items() if device.type == "cuda" else [("float32", False)]:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        yield name + searched
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
-def _set_precision(tf32: bool, searched: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = searched
-
-
-def outer_steps(clock: Clock, small: bool) -> Iterator[tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]]:
-    """A row for each case and precision, and the profiles of its sides. The same precision holds for all sides."""
-    device = clock.device
+def _problems(device: torch.device, small: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, case in (SMALL_OUTER_STEPS if small else OUTER_STEPS).items():
-        problem = {key: _moved(value, device) for key, value in case.problem().items()}
+        yield name, {key: _moved(value, device) for key, value in case.problem().items()}
+
+
+def outer_steps(clock: Clock, small: bool) -> Iterator[dict[str, Any]]:
+    """A row for each case and precision. The same precision holds for all sides."""
+    device = clock.device
+    for name, problem in _problems(device, small):
         exact = matching_gradients(**_in_float64(problem), engine="unrolled", fused=False)
-        for precision, (tf32, searched) in _settings(clock.device).items():
-            _set_precision(tf32, searched)
+        for precision in _precisions(device):
             memory = _peaks(_sides(problem), device)
             sides = {side: make() for side, make in _sides(problem).items()}
-            row = {
+            yield {
                 "case": f"outer step, {name}, {precision}",
                 "ms": clock.medians(sides, 1 if small else 5, ahead=False),
                 "memory_mb": memory,
                 "one_minus_cosine": {side: _turned(call(), exact) for side, call in sides.items()},
             }
-            yield row, {f"{row['case']}, {side}": by_kernel(sides[side], device) for side in ("pytorch", "fused")}
-            _set_precision(False, False)
+
+
+def profiles(device: torch.device, small: bool) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Of both sides of each row of :func:`outer_steps`, the kernels."""
+    for name, problem in _problems(device, small):
+        for precision in _precisions(device):
+            for side in ("pytorch", "fused"):
+                yield f"outer step, {name}, {precision}, {side}", by_kernel(_sides(problem)[side](), device)
 
 
 def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Matching]]]:
@@ -274,9 +278,11 @@ def by_kernel(call: Side, device: torch.device) -> list[dict[str, Any]]:
         call()
         if on_gpu:
             torch.cuda.synchronize(device)
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU  # the host's launches are in the list as well
     found = [
         (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
         for event in profiler.key_averages()
+        if event.device_type == kind
     ]
     total = sum(time_ for time_, _, _ in found) or 1.0
     slowest = [(total, sum(n for _, n, _ in found), "all"), *sorted(found, reverse=True)[:KERNELS]]
@@ -299,18 +305,17 @@ def _in_float64(problem: dict[str, Any]) -> dict[str, Any]:
     return {**cast, "network": copy.deepcopy(problem["network"]).double()}
 
 
-def rows(clock: Clock, speed: float, small: bool) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each row of the table with its profiles, if it has any; what matters most comes first."""
+def rows(clock: Clock, speed: float, small: bool, search: bool) -> Iterator[dict[str, Any]]:
+    """Each row of the table; what matters most comes first."""
     yield from outer_steps(clock, small)
-    for cases in (match_loss, dsa, norm_pool):
+    for cases in () if search else (match_loss, dsa, norm_pool):
         for name, (moved, sides) in cases(clock.device, small).items():
             found = clock.medians(sides, 3 if small else ROUNDS)
-            yield {"case": name, "ms": found, "share_of_copying": moved / found["fused"] / speed}, {}
-    for row in convolutions(clock, small):
-        yield row, {}
+            yield {"case": name, "ms": found, "share_of_copying": moved / found["fused"] / speed}
+    yield from convolutions(clock, small)
 
 
-def measure(device: torch.device, small: bool, out: Path | None) -> dict[str, Any]:
+def measure(device: torch.device, small: bool, search: bool, out: Path | None) -> dict[str, Any]:
     """Prints rows and writes the file as they come, so that what was measured stays where the script is cut."""
     clock = Clock(device, small)
     speed = copying(clock, small)
@@ -323,20 +328,35 @@ def measure(device: torch.device, small: bool, out: Path | None) -> dict[str, An
         "rows": [],
         "profiles": {},
     }
-    for row, profiles in rows(clock, speed, small):
-        print(_line(row), flush=True)
-        result["rows"].append(row)
-        result["profiles"] |= profiles
+
+    def save() -> None:
         if out:
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    for row in rows(clock, speed, small, search):
+        print(_line(row), flush=True)
+        result["rows"].append(row)
+        save()
+    print(f"\n{result['device']}, torch {result['torch']}, copying {result['copying_gb_s']:.0f} GB/s, {result['date']}")
+    for name, kernels in profiles(device, small):
+        print(_profile_table(name, kernels), flush=True)
+        result["profiles"][name] = kernels
+        save()
     return result
 
 
 def _peaks(sides: dict[str, Callable[[], Side]], device: torch.device) -> dict[str, float] | None:
-    """Peak of the memory that torch takes for a side, MB: a graph's is taken, though no tensor holds it any more."""
+    """Peak of the memory that torch takes for a side, MB: a graph's is taken, though no tensor holds it any more.
+
+    Without cuBLAS's workspaces, which every stream has for itself and for good.
+    """
     if device.type != "cuda":
         return None
-    found = {}
+    factor, found = torch.ones(64, 64, device=device), {}
+    for stream in (torch.cuda.Stream(device) for _ in range(STREAMS)):
+        with torch.cuda.stream(stream):
+            factor @ factor
+    torch.cuda.synchronize(device)
     for name, make in sides.items():
         gc.collect()
         torch.cuda.empty_cache()
@@ -368,16 +388,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="toy sizes, to try the script")
+    parser.add_argument("--search", action="store_true", help="search algorithms; outer steps and convolutions alone")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch._functorch.config.donated_buffer = False  # a compiled backward is called again and again
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True  # as every stage sets it
     print("| | fused | pure PyTorch | torch.compile | |\n|---|---|---|---|---|")
-    result = measure(torch.device(args.device), args.small, args.out)
-    print(f"\n{result['device']}, torch {result['torch']}, copying {result['copying_gb_s']:.0f} GB/s, {result['date']}")
-    for name, kernels in result["profiles"].items():
-        print(_profile_table(name, kernels))
+    torch.backends.cudnn.benchmark = args.search
+    measure(torch.device(args.device), args.small, args.search, args.out)
 
 
 if __name__ == "__main__":

@@ -5,72 +5,92 @@
 #
 #     scripts/gpu.sh [folder for results, default benchmarks/results]
 #
-# A step that fails or takes too long does not keep the others from running; the exit code is then 1.
+# STEPS="cpp measure tests sanitize" in the environment chooses some of them; "search" is one more: outer steps and convolutions with the
+# vendor's algorithms searched for each shape, in a process of its own. A step that fails or takes too long does not keep the others
+# from running; the exit code is then 1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-benchmarks/results}
+steps=" ${STEPS:-cpp measure tests sanitize} "
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 began=$SECONDS
 failures=()
 step() { printf '\n=== %s (%d s)\n' "$1" $((SECONDS - began)); }
-try() {  # seconds at most, command
+wanted() { [[ $steps == *" $1 "* ]]; }
+try() {  # seconds at most, command; what does not heed an interrupt is killed
   local limit=$1 left=$((470 - SECONDS + began))
   shift
   [ "$left" -lt "$limit" ] && limit=$left
-  [ "$limit" -gt 0 ] && timeout "$limit" "$@" && return
+  [ "$limit" -gt 0 ] && timeout --signal=INT --kill-after=10 "$limit" "$@" && return
   echo "gpu.sh: failed, or took longer than $limit s: $*"
   failures+=("$*")
 }
 
-python - <<'PY' || { echo "gpu.sh: torch sees no CUDA device here; the tests of .ci/run do without one"; exit 2; }
+python=$(command -v python3 || command -v python) || { echo "gpu.sh: there is no Python on PATH"; exit 2; }
+PATH=$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH:/usr/local/cuda/bin
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+"$python" - <<'PY' || { echo "gpu.sh: torch sees no CUDA device here; the tests of .ci/run do without one"; exit 2; }
 import sys, torch
 sys.exit(not torch.cuda.is_available())
 PY
-command -v nvcc > /dev/null || { echo "gpu.sh: nvcc is not on PATH"; exit 2; }
-capability=$(python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
-device=$(python -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
-
-step "build in place for $capability"
-TORCH_CUDA_ARCH_LIST="$capability" DDPP_BUILD_CUDA=1 python setup.py build_ext --inplace > "$work/build.log" 2>&1 \
-  || { tail -50 "$work/build.log"; exit 1; }
-export PYTHONPATH=$PWD
-python -m ddpp.info
-
-step "C++ tests, the kernels' on the device among them"
-cmake -S . -B "$work/cpp" -G Ninja -DDDPP_TESTS=ON -DDDPP_BUILD_CUDA=1 -DCMAKE_CUDA_ARCHITECTURES="${capability/./}" \
-  > "$work/cmake.log" || { cat "$work/cmake.log"; exit 1; }
-cmake --build "$work/cpp" > "$work/make.log" || { tail -50 "$work/make.log"; exit 1; }
-try 90 ctest --test-dir "$work/cpp" --output-on-failure -j "$(nproc)"
-
-step "measure"
-mkdir -p "$results"
+command -v nvcc > /dev/null || { echo "gpu.sh: nvcc is neither on PATH nor in /usr/local/cuda/bin"; exit 2; }
+capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
 out=$results/$(date +%F)-$device
-try 200 bash -c "cd benchmarks && python gpu.py --out '$work/result.json' > '$work/table.md'"
-cat "$work/table.md"
-if [ -f "$work/result.json" ]; then
-  cp "$work/result.json" "$out.json"
-  cp "$work/table.md" "$out.md"
-  echo "written: $out.json and $out.md"
+mkdir -p "$results"
+beside=()  # tests in several processes where pytest can
+"$python" -c 'import xdist' 2> /dev/null && beside=(-n 4)
+
+step "build in place for $capability, with the C++ tests"
+TORCH_CUDA_ARCH_LIST="$capability" DDPP_BUILD_CUDA=1 CMAKE_ARGS="${CMAKE_ARGS:-} -DDDPP_TESTS=ON" \
+  "$python" setup.py build_ext --inplace > "$work/build.log" 2>&1 || { tail -50 "$work/build.log"; exit 1; }
+cpp=build/cmake-$("$python" -c 'import sys; print(sys.implementation.cache_tag)')-cuda
+"$python" -m ddpp.info
+
+if wanted cpp; then
+  step "C++ tests of the kernels, on the device"
+  try 60 ctest --test-dir "$cpp" --output-on-failure -R _device
 fi
 
-step "every op, captured inner steps, and every stage, on the device"
-try 150 env DDPP_REQUIRE_BACKENDS=cuda python -m pytest -q -p no:cacheprovider -k "cuda or test_gpu" tests/test_op_contract.py \
-  tests/test_ops_*.py tests/test_gpu.py tests/test_stand_in.py
+measure() {  # seconds at most, end of the files' names, options of gpu.py
+  try "$1" bash -c "cd benchmarks && '$python' gpu.py --out '$work/result.json' ${*:3} > '$work/table.md'"
+  cat "$work/table.md"
+  [ -f "$work/result.json" ] || return 0
+  mv "$work/result.json" "$out$2.json"
+  cp "$work/table.md" "$out$2.md"
+  echo "written: $out$2.json and $out$2.md"
+}
 
-if command -v compute-sanitizer > /dev/null; then
+if wanted measure; then
+  step "measure"
+  measure 180 ""
+fi
+
+if wanted tests; then
+  step "every op, captured inner steps, and every stage, on the device"
+  try 140 env DDPP_REQUIRE_BACKENDS=cuda "$python" -m pytest -q -p no:cacheprovider "${beside[@]}" -k "cuda or captured_on" \
+    tests/test_op_contract.py tests/test_ops_*.py tests/test_gpu.py tests/test_stand_in.py
+fi
+
+if wanted sanitize && ! command -v compute-sanitizer > /dev/null; then
+  failures+=("compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin")
+elif wanted sanitize; then
   sanitize() { try "$1" compute-sanitizer --tool "$2" --error-exitcode 1 --target-processes all "${@:3}"; }
   for tool in memcheck racecheck synccheck; do
     step "compute-sanitizer $tool over the C++ tests"
-    for test in "$work"/cpp/test_*_device; do sanitize 30 $tool "$test"; done
+    for test in "$cpp"/test_*_device; do sanitize 30 $tool "$test"; done
   done
   # The C++ tests' memory is shared with the host, whose writes initcheck does not see. Here each tensor is an allocation of its
   # own. Many of torch's own kernels run as well, and each is made tens of times slower: tests that touch every kernel.
   step "compute-sanitizer initcheck over the op contract"
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize 90 initcheck \
-    python -m pytest -q -x -p no:cacheprovider tests/test_op_contract.py -k "cuda and (value_and_gradient or beyond_the_last)"
-else
-  echo "gpu.sh: compute-sanitizer is not on PATH, kernels were not sanitized"
+    "$python" -m pytest -q -x -p no:cacheprovider tests/test_op_contract.py -k "cuda and (value_and_gradient or beyond_the_last)"
+fi
+
+if wanted search; then
+  step "measure, algorithms searched"
+  measure 400 -searched --search
 fi
 
 step "done"

@@ -527,7 +527,8 @@ int launch(const T* images, const float* plan, const ImageBatch& batch, void* sc
   const int64_t bytes = shared ? layout.bytes : 0,
                 blocks = shared ? batch.n : at_most(batch.n, kMaxScratchBlocks);
   if (shared) {
-    const int allowed = static_cast<int>(DDPP_ALLOW_SHARED(kernel, bytes));
+    // The same for all images: the limit is the kernel's, and graphs captured with larger ones need theirs.
+    const int allowed = static_cast<int>(DDPP_ALLOW_SHARED(kernel, max_shared_bytes() - kStaticShared));
     if (allowed != 0) return allowed;
   }
   DDPP_LAUNCH(kernel, static_cast<unsigned>(blocks), threads, static_cast<size_t>(bytes), queue.stream,

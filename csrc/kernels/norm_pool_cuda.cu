@@ -440,6 +440,11 @@ struct Launch {
   bool staged;
 };
 
+int64_t most_staged() {
+  const int64_t available = max_shared_bytes();
+  return available < kMaxStaged ? available : kMaxStaged;
+}
+
 // For a kernel with scratch for so many sums, that keeps so many packs of a window.
 template <class S, int kWidth>
 Launch make_launch(const PlaneBatch& size, int sums, int kept) {
@@ -454,8 +459,7 @@ Launch make_launch(const PlaneBatch& size, int sums, int kept) {
   const int stripes = kThreads / lanes, each = (windows + stripes - 1) / stripes;
   const int64_t scratch = kSumBytes * kWarps * lanes * sums;
   const int64_t staged = scratch + kBytes * kThreads * each * kept;
-  const int64_t available = max_shared_bytes();
-  const bool fits = staged <= (available < kMaxStaged ? available : kMaxStaged);
+  const bool fits = staged <= most_staged();
   const Layout layout{size.channels,
                       size.width * size.channels,
                       static_cast<int>(size.height),
@@ -474,7 +478,8 @@ template <class... Parameters, class... Arguments>
 int start(void (*kernel)(Parameters...), const Launch& launch, const Queue& queue, Arguments... arguments) {
   if (launch.blocks == 0) return 0;
   if (launch.shared_bytes > kDefaultShared) {
-    const auto error = DDPP_ALLOW_SHARED(kernel, launch.shared_bytes);
+    // The same for all shapes: the limit is the kernel's, and graphs captured with larger ones need theirs.
+    const auto error = DDPP_ALLOW_SHARED(kernel, most_staged());
     if (error != cudaSuccess) return static_cast<int>(error);
   }
   DDPP_LAUNCH(kernel, static_cast<unsigned>(launch.blocks), kThreads, launch.shared_bytes, queue.stream,
