@@ -1,0 +1,74 @@
+"""What the documentation names exists: options, files, settings."""
+
+import contextlib
+import importlib
+import io
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ddpp import config
+from ddpp.__main__ import STAGES
+from ddpp.config import Config
+from ddpp.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/results.md")]
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
+OF_OTHERS = {"--benchmark-only"}  # pytest's
+
+
+@pytest.fixture(scope="module")
+def options() -> set[str]:
+    """All that a stage or a script of the project takes."""
+    scripts = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "scripts").glob("*.sh"), *(ROOT / "tools").glob("*.py")]
+    known = set(re.findall(r'"(--[a-z][a-z-]*)"', "".join(path.read_text(encoding="utf-8") for path in scripts)))
+    for stage in STAGES:
+        if stage != "info":  # which takes none
+            known |= set(OPTION.findall(helped(stage)))
+    return known
+
+
+def helped(stage: str) -> str:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        importlib.import_module(f"ddpp.{stage}").main(["--help"])
+    return text.getvalue()
+
+
+def code(page: Path) -> list[str]:
+    """Spans, blocks and indented lines."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"```.*?```|`[^`]+`|(?<=\n\n)(?:    .*\n)+", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_exist(page: Path, options: set[str]) -> None:
+    named = {option for part in code(page) for option in OPTION.findall(part)}
+    assert named - options - OF_OTHERS == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_stages_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not (page.parent / link).is_file()]
+    paths = re.findall(r"`((?:ddpp|csrc|tests|scripts|benchmarks|docs)/[\w/.]+)", text)
+    missing += [path for path in paths if not list(ROOT.glob(f"{path}*"))]
+    missing += [stage for stage in re.findall(r"python -m ddpp\.(\w+)", text) if stage not in STAGES]
+    assert missing == []
+
+
+def test_settings_of_the_guide_are_valid() -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        found = Config().with_values(tomllib.loads(block), "guide.md")
+        METHODS.get(found.distill.method).check(found)
+
+
+def test_the_number_of_presets_is_told() -> None:
+    published = [name for name in config.preset_names() if not name.endswith("-quick")]
+    assert f"names a published setting: {len(published)} of them" in (ROOT / "README.md").read_text(encoding="utf-8")
