@@ -19,6 +19,7 @@ from ddpp.errors import UserError, nearest
 from ddpp.registry import load_plugins
 
 Main = Callable[[Config, argparse.Namespace], None]
+IN_USE = 75  # EX_TEMPFAIL of sysexits.h
 _MEMORY_ADVICE = (
     "the memory does not suffice. Take smaller batches or a smaller network; a run that had begun continues with "
     "--resume, from its last checkpoint"
@@ -63,7 +64,7 @@ def run(
         base: a saved configuration to start from, or None.
 
     Returns:
-        The exit code: 0, 2 for wrong input, 128 + n after signal n.
+        The exit code: 0, 2 for wrong input, :data:`IN_USE` where another process has the run, 128 + n after signal n.
     """
     parser = _parser(stage, description, own, sections)
     if arguments:
@@ -80,7 +81,7 @@ def run(
         main(config, args)
     except UserError as e:
         print(f"ddpp.{stage}: error: {e}", file=sys.stderr)
-        return 2
+        return IN_USE if isinstance(e, runs.InUse) else 2
     except (MemoryError, RuntimeError) as e:
         if not _out_of_memory(e):
             raise

@@ -109,16 +109,20 @@ def reproduce(target: Table, cells: Sequence[Cell], config: Config, budget: str,
             runs.check_same_run(cell.folder, wanted[cell], _MAY_DIFFER)
     began, total = time.perf_counter(), sum(cell.results is None for cell in wanted)
     tried: set[Cell] = set()
+    waiting = False
     while missing := [cell for cell in wanted if cell not in tried and cell.results is None]:
         free = next((cell for cell in missing if not _in_use(cell)), None)
         if free is None:
+            if not waiting:
+                print(f"\nwaiting for other processes: {'; '.join(cell.name for cell in missing)}", flush=True)
+            waiting = True
             time.sleep(1)
             continue
         print(_headline(free, total - len(missing), total, time.perf_counter() - began), flush=True)
         code = distill.main(_arguments_of(free, wanted[free]))
         if code >= 128:
             raise runs.Stopped(f"stopped in {free.folder}; the same command continues", code - 128)
-        if code and not _in_use(free):  # by a process that has begun it meanwhile
+        if code not in (0, cli.IN_USE):
             tried.add(free)
             failed.append(f"{free.name}: exit code {code}, see above")
     return failed
@@ -152,18 +156,16 @@ def _configuration(target: Table, cell: Cell, config: Config, budget: str, given
 
 
 def _arguments_of(cell: Cell, settings: Config) -> list[str]:
-    """The command line of :mod:`ddpp.distill`."""
-    if (cell.folder / "checkpoint.safetensors").is_file():
-        return ["--out", str(cell.folder), "--resume", "--data-root", settings.data.data_root]
-    cell.folder.parent.mkdir(parents=True, exist_ok=True)
+    """The command line of :mod:`ddpp.distill`. One that was cut goes on with this process's options of the machine."""
+    resume = (cell.folder / "config.toml").is_file()
+    if resume:
+        machine: Given = {}
+        for section, name in (option.split(".") for option in runs.OF_THE_MACHINE):
+            machine.setdefault(section, {})[name] = getattr(getattr(settings, section), name)
+        settings = runs.saved_config(cell.folder).with_values(machine, "reproduce")
     file = cell.folder.parent / f"{cell.folder.name}.toml"
     runs.write_text(file, settings.to_toml())
-    return ["--config", str(file), "--out", str(cell.folder), *_again(cell)]
-
-
-def _again(cell: Cell) -> list[str]:
-    """A run that was cut before its first checkpoint has a folder to continue in."""
-    return ["--resume"] if (cell.folder / "config.toml").is_file() else []
+    return ["--config", str(file), "--out", str(cell.folder), *(["--resume"] if resume else [])]
 
 
 def _preset(cell: Cell, config: Config, budget: str) -> dict[str, dict[str, Any]]:
@@ -235,22 +237,24 @@ def _rows(target: Table, cells: Sequence[Cell], dataset: str) -> list[Row]:
     if not target.architectures:
         first = next((cell for cell in cells if (cell.results or {}).get("accuracy", {}).get("full")), None)
         if first and first.results:
-            count = len({cell.ipc for cell in cells})
-            rows.append(("all real data", [first.results["accuracy"]["full"]] * count, [""] * count))
+            count, seeds = len({cell.ipc for cell in cells}), {cell.seed for cell in cells}
+            name = "all real data" if len(seeds) == 1 else f"all real data (networks of seed {first.seed})"
+            rows.append((name, [first.results["accuracy"]["full"]] * count, [""] * count))
     return rows
 
 
 def _merged(found: Sequence[Figure]) -> Figure:
-    """The figure of several distillations: mean and standard deviation of their means."""
+    """The figure of several distillations: mean and standard deviation of their means, and of how many."""
     figures = [figure for figure in found if figure]
     if len(figures) < 2:
-        return figures[0] if figures else None
+        return {**figures[0], "distillations": 1} if figures else None
     means = [figure["mean"] for figure in figures]
     diverged = sum(figure.get("diverged", 0) for figure in figures)
     return {
         "mean": statistics.fmean(means),
         "std": statistics.stdev(means),
         "networks": [accuracy for figure in figures for accuracy in figure["networks"]],
+        "distillations": len(figures),
         **({"diverged": diverged} if diverged else {}),
     }
 
@@ -265,14 +269,13 @@ def _markdown(rows: list[Row], columns: Sequence[str], target: Table, cells: Seq
     head = [f"{c} | {c}, papers" if papers else c for c in columns]
     lines = [f"# {target.title}", "", f"| trained on | {' | '.join(head)} |"]
     lines.append("|---" * (1 + len(columns) * (1 + papers)) + "|")
+    seeds = len({cell.seed for cell in cells})
     for name, figures, shown in rows:
-        pairs = [
-            f"{runs.figure_text(f)} | {s}" if papers else runs.figure_text(f)
-            for f, s in zip(figures, shown, strict=True)
-        ]
+        texts = [_figure_text(figure, seeds) for figure in figures]
+        pairs = [f"{text} | {s}" if papers else text for text, s in zip(texts, shown, strict=True)]
         lines.append(f"| {name} | {' | '.join(pairs)} |")
     finished = [cell.results for cell in cells if cell.results]
-    networks, seeds = finished[0]["protocol"]["networks"] if finished else 0, len({cell.seed for cell in cells})
+    networks = finished[0]["protocol"]["networks"] if finished else 0
     over = f"{networks} networks trained from scratch"
     if seeds > 1:
         over = f"{seeds} distillations, each the mean of {over}"
@@ -292,6 +295,12 @@ def _markdown(rows: list[Row], columns: Sequence[str], target: Table, cells: Seq
     )
 
 
+def _figure_text(figure: Figure, seeds: int) -> str:
+    """Says so where a figure is of fewer distillations than the table."""
+    there = (figure or {}).get("distillations", seeds)
+    return runs.figure_text(figure) + (f" ({there} of {seeds} distillations)" if there < seeds else "")
+
+
 def _against_mtt(cells: Sequence[Cell]) -> list[str]:
     """What pruning changes, where both methods were run: the difference of DDPP to MTT, with its interval."""
     lines: list[str] = []
@@ -308,10 +317,12 @@ def _against_mtt(cells: Sequence[Cell]) -> list[str]:
 def _csv(rows: list[Row], columns: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trained on", "column", "mean", "std", "networks", "published"])
+    writer.writerow(["trained on", "column", "mean", "std", "networks", "distillations", "published"])
     for name, figures, shown in rows:
         for column, figure, paper in zip(columns, figures, shown, strict=True):
-            ours = (figure["mean"], figure["std"], len(figure["networks"])) if figure else ("", "", "")
+            ours: tuple[Any, ...] = ("", "", "", "")
+            if figure:
+                ours = figure["mean"], figure["std"], len(figure["networks"]), figure.get("distillations", 1)
             writer.writerow([name, column, *ours, paper])
     return text.getvalue()
 
@@ -363,7 +374,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     for name in methods:
         METHODS.get(name)
     dataset, ipcs = config.data.dataset, tuple(args.ipc or target.ipcs)
-    seeds = tuple(args.seeds or [config.run.seed])
+    seeds = tuple(dict.fromkeys(args.seeds or [config.run.seed]))
     if target.architectures and len(ipcs) > 1:
         raise UserError(f"{args.target} shows one number of images per class, got --ipc {' '.join(map(str, ipcs))}")
     folder = Path(args.out or f"runs/{args.target}-{dataset}-{args.budget}")

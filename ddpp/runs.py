@@ -12,6 +12,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -65,7 +66,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether this process alone holds ``path``, a lock, within the block; with ``wait`` it waits until it does.
 
-    A process that has ended, in whatever way, holds nothing. Where a file system keeps no locks, all hold everything.
+    A process that has ended, in whatever way, holds nothing. Where a file system keeps no locks, all hold everything,
+    with a warning.
 
     Raises:
         UserError: the file cannot be made.
@@ -82,7 +84,8 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
         try:
             yield True
         finally:
-            path.unlink(missing_ok=True)
+            if _stands_at(file, path):
+                path.unlink(missing_ok=True)
 
 
 def _locked(path: Path, wait: bool) -> IO[str] | None:
@@ -94,12 +97,24 @@ def _locked(path: Path, wait: bool) -> IO[str] | None:
         except BlockingIOError:
             file.close()
             return None
-        except OSError:
+        except OSError as e:
+            warnings.warn(f"{path.parent} keeps no locks ({e.strerror}): run one process there at a time", stacklevel=5)
             return file
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
+        if _stands_at(file, path):
+            return file
         file.close()  # of a process that has just removed it
+
+
+def _stands_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+class InUse(UserError):
+    """Another process has what is asked for; it may be asked for again later."""
 
 
 @contextlib.contextmanager
@@ -107,11 +122,11 @@ def alone(folder: Path, stage: str) -> Iterator[None]:
     """Keeps other processes from running a stage on a run folder within the block.
 
     Raises:
-        UserError: one does.
+        InUse: one does.
     """
     with claimed(lock_of(folder, stage)) as ours:
         if not ours:
-            raise UserError(f"another process runs ddpp.{stage} on {folder}. Wait for it, or stop it.")
+            raise InUse(f"another process runs ddpp.{stage} on {folder}. Wait for it, or stop it.")
         yield
 
 
@@ -289,8 +304,8 @@ def open_folder(path: Path, config: Config, data: dict[str, Any], *, resume: boo
         data: describes the run's data set; its ``fingerprint`` must not change.
 
     Raises:
-        UserError: it holds another run, an unfinished one without ``resume``, or foreign files; or another process
-            has it.
+        UserError: it holds another run, an unfinished one without ``resume``, or foreign files.
+        InUse: another process has it.
     """
     if not (path / "config.toml").is_file():
         if resume:

@@ -48,10 +48,10 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
     """
     folder, count = folder_of(config, dataset), config.teachers.count
     description = _describe(config, dataset)
-    trajectories.remove_leftovers(folder)
     present = trajectories.open_folder(folder, description)
     missing = trajectories.missing(folder, count)
     if not missing:
+        trajectories.remove_leftovers(folder)
         return folder
     epochs, images = config.teachers.epochs, config.teachers.epochs * len(dataset.train_labels)
     seed = next((t.meta["seed"] for t in present.values()), config.run.seed)

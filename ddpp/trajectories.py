@@ -158,18 +158,27 @@ def begin(folder: Path, count: int, description: dict[str, dict[str, Any]], seed
             cannot be written.
     """
     with contextlib.ExitStack() as held:
-        with runs.claimed(folder / ".lock", wait=True):
-            metas = {index: found.meta for index, found in open_folder(folder, description).items()}
-            missing = [index for index in range(count) if index not in metas]
+        with _changing(folder):
+            _tidy(folder)
+            metas = [found.meta for found in open_folder(folder, description).values()]
             for path in sorted(folder.glob(f".teacher-*/{_ABOUT}")):
-                found = runs.read_json(path)
-                _check_begun(path.parent, found, json.loads(json.dumps(description)))
-                metas[found["index"]] = found
-            seed = next((meta["seed"] for meta in metas.values()), seed)
-            free = (index for index in missing if held.enter_context(runs.claimed(_hidden(folder, index, ".lock"))))
-            index = next(free, None)
+                metas.append(runs.read_json(path))
+                _check_begun(path.parent, metas[-1], json.loads(json.dumps(description)))
+            seed = next((meta["seed"] for meta in metas), seed)
+            index = next((i for i in missing(folder, count) if _claim(folder, i, held)), None)
             begun = None if index is None else Begun(folder, index, {**description, "seed": seed, "index": index})
         yield begun
+
+
+def _changing(folder: Path) -> contextlib.AbstractContextManager[bool]:
+    """Within the block no other process begins a teacher there or removes what it had begun."""
+    return runs.claimed(folder / ".lock", wait=True)
+
+
+def _claim(folder: Path, index: int, held: contextlib.ExitStack) -> bool:
+    """Claims a teacher as long as ``held`` is, unless another process has it or has just finished it."""
+    ours = held.enter_context(runs.claimed(_hidden(folder, index, ".lock")))
+    return ours and not (folder / file_name(index)).is_file()
 
 
 class Begun:
@@ -235,7 +244,8 @@ class Begun:
 
     def discard(self) -> None:
         """Removes what was kept."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with _changing(self.folder.parent):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, first: int) -> Path:
         return self.folder / f"rows-{first:06d}.safetensors"
@@ -281,13 +291,20 @@ def open_folder(folder: Path, expected: dict[str, dict[str, Any]], count: int | 
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes had begun of teachers that are finished, or that have no rows to go on from."""
+    """Removes what killed processes had begun of teachers that are finished, where the folder can be written."""
+    if any(folder.glob(".teacher-*/")):
+        with contextlib.suppress(UserError), _changing(folder):
+            _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what nobody goes on from: of teachers that are finished, and of those without rows."""
     for path in folder.glob(".teacher-*/"):
-        with runs.claimed(path.with_name(f"{path.name}.lock")) as unused:
-            finished = path.with_name(f"{path.name[1:]}.safetensors").is_file()
-            of_use = (path / _ABOUT).is_file() and any(path.glob("rows-*.safetensors"))
-            if unused and (finished or not of_use):
-                shutil.rmtree(path)
+        finished = path.with_name(f"{path.name[1:]}.safetensors").is_file()
+        if finished or not ((path / _ABOUT).is_file() and any(path.glob("rows-*.safetensors"))):
+            with runs.claimed(path.with_name(f"{path.name}.lock")) as unused:
+                if unused:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def missing(folder: Path, count: int) -> list[int]:

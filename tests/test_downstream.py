@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpp import compare, continual, data, distill, evaluate, runs, scores, search, synthetic
+from ddpp import cli, compare, continual, data, distill, evaluate, runs, scores, search, synthetic
 from ddpp.errors import UserError
 
 TOY = [
@@ -31,7 +31,7 @@ def test_a_stage_that_runs_elsewhere_is_not_run_twice(
 ) -> None:
     name = stage.__name__.rpartition(".")[2]
     with runs.alone(finished, name):
-        assert stage.main([str(finished), "--threads", "1"]) == 2
+        assert stage.main([str(finished), "--threads", "1"]) == cli.IN_USE
     (line,) = (row for row in capsys.readouterr().err.splitlines() if "error" in row)
     assert line == f"ddpp.{name}: error: another process runs ddpp.{name} on {finished}. Wait for it, or stop it."
 

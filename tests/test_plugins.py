@@ -153,16 +153,18 @@ def test_a_module_is_a_plugin_too_and_a_missing_one_is_said() -> None:
 
 
 class Optioned:
-    options = {"pull": 1.0, "times": 3, "loud": False, "name": "a"}  # noqa: RUF012 (as in a plugin)
+    options = {"pull": 1.0, "times": 3, "loud": False, "name": "a", "both": (1, 2)}  # noqa: RUF012 (as in a plugin)
 
 
 def test_options_of_ones_own_have_the_type_of_their_default() -> None:
     given = ["pull=2", "loud=true", "name=b=c"]
-    assert own_options(Optioned, given) == {"pull": 2.0, "times": 3, "loud": True, "name": "b=c"}  # type: ignore[arg-type]
+    assert own_options(Optioned, given) == {"pull": 2.0, "times": 3, "loud": True, "name": "b=c", "both": (1, 2)}  # type: ignore[arg-type]
     for wrong, message in (
         ("times=2.5", "--own times must be of type int, got '2.5'"),
+        ("pull", "--own pull must be NAME=VALUE"),
+        ("both=12", r"--own both: the default must be of type bool, int, float or str, got \(1, 2\)"),
         ("loud=yes", "--own loud must be of type bool, got 'yes'"),
-        ("pul=1", r"no option 'pul'; did you mean 'pull'\? Known: pull, times, loud, name"),
+        ("pul=1", r"no option 'pul'; did you mean 'pull'\? Known: pull, times, loud, name, both"),
     ):
         with pytest.raises(UserError, match=message):
             own_options(Optioned, [wrong])  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpp import data, distill, reproduce, runs
+from ddpp import cli, data, distill, reproduce, runs
 
 TINY = {
     1: {
@@ -106,9 +107,22 @@ def test_several_distillations_of_a_cell(tmp_path: Path, monkeypatch: pytest.Mon
     for method in ("mtt", "ddpp"):
         own = [means[method, seed] for seed in (3, 5)]
         assert float(rows[method]["mean"]) == pytest.approx(statistics.fmean(own))
-        assert float(rows[method]["std"]) == pytest.approx(statistics.stdev(own)) and rows[method]["networks"] == "4"
+        assert float(rows[method]["std"]) == pytest.approx(statistics.stdev(own)) and (
+            rows[method]["networks"],
+            rows[method]["distillations"],
+        ) == ("4", "2")
     difference = statistics.fmean(means["ddpp", seed] - means["mtt", seed] for seed in (3, 5))
     assert f"| 1 | convnet | {difference:+.2f} | " in text and "| 2 distillations |" in text
+    assert "| all real data (networks of seed 3) |" in text
+    (tmp_path / "digits-ddpp-ipc1-seed5" / "results.json").unlink()
+    cells = [
+        reproduce.Cell(method, 1, seed, tmp_path / f"digits-{method}-ipc1-seed{seed}", full=False)
+        for method, seed in results
+    ]
+    text = reproduce.write(reproduce.TARGETS["table1"], cells, tmp_path, "digits", "command")
+    assert re.search(r"\| ddpp \| [\d.]+ ± [\d.]+ \(1 of 2 distillations\) \|", text)
+    assert reproduce.main([*argv[:-3], "--seeds", "3", "3"]) == 0
+    assert "over 2 networks" in (tmp_path / "table.md").read_text()
 
 
 def test_published_figures_stand_beside(tmp_path: Path) -> None:
@@ -145,7 +159,9 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert "| herding | not run |" in (tmp_path / "table.md").read_text()
 
 
-def test_processes_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run that another process has is left to it; one that it takes first is no failure, and both are waited for."""
     folders = {name: tmp_path / f"digits-{name}-ipc1-seed0" for name in ("dm", "herding", "random")}
     elsewhere, ran = contextlib.ExitStack(), []
@@ -158,7 +174,7 @@ def test_processes_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         out = Path(argv[argv.index("--out") + 1])
         if out == folders["herding"]:  # while this process read the data set
             begun_elsewhere("herding")
-            return 2
+            return cli.IN_USE
         ran.append(out)
         finished(out, {"random": figure(10), "full": figure(90)})
         return 0
@@ -176,8 +192,24 @@ def test_processes_share_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     argv = ["table1", "--methods", "dm", "herding", "random", "--ipc", "1", "--out", str(tmp_path)]
     assert reproduce.main(argv) == 0
     assert ran == [folders["random"]]
+    told = "waiting for other processes: dm, 1 images per class, seed 0; herding, 1 images per class, seed 0"
+    assert capsys.readouterr().out.count(told) == 1
     text = (tmp_path / "table.md").read_text()
     assert "| dm | 50.0 ± 1.5 |" in text and "| herding | 50.0 ± 1.5 |" in text and "3 of 3 runs" in text
+
+
+def test_a_run_taken_over_goes_on_on_this_process_s_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with its threads; what the run is stays as it was."""
+    monkeypatch.setattr(reproduce, "QUICK", TINY)
+    argv = ["table1", "--methods", "dm", "--ipc", "1", "--out", str(tmp_path)]
+    assert reproduce.main([*argv, "--device", "cpu"]) == 0
+    folder = tmp_path / "digits-dm-ipc1-seed0"
+    (folder / "results.json").unlink()
+    saved = runs.saved_config(folder)
+    elsewhere = saved.with_values({"run": {"device": "cuda:7"}}, "test")
+    runs.write_text(folder / "config.toml", elsewhere.to_toml())
+    assert reproduce.main([*argv, "--device", "cpu"]) == 0
+    assert runs.saved_config(folder) == saved and (folder / "results.json").is_file()
 
 
 def test_what_has_no_published_setting_does_not_stop_the_others(

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_a_run_is_in_the_hands_of_one_process(tmp_path: Path) -> None:
     for resume in (False, True):
         with runs.open_folder(folder, config, data, resume=resume):
             for other in (False, True):
-                with pytest.raises(UserError, match=f"another process runs ddpp.distill on {folder}. Wait for it"):
+                with pytest.raises(runs.InUse, match=f"another process runs ddpp.distill on {folder}. Wait for it"):
                     opened(folder, config, data, resume=other)
             with runs.alone(folder, "evaluate"):
                 pass
@@ -198,12 +199,24 @@ def test_who_waits_for_a_lock_is_not_fooled_by_its_removal(tmp_path: Path) -> No
     assert len(most) == 400 and max(most) == 1 and not path.exists()
 
 
+def test_a_lock_is_not_removed_by_who_had_the_folder_before(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "lock"
+    first = runs.claimed(path)
+    assert first.__enter__()
+    shutil.rmtree(path.parent)
+    with runs.claimed(path) as second:
+        first.__exit__(None, None, None)
+        with runs.claimed(path) as third:
+            assert second and not third
+
+
 def test_a_file_system_without_locks_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with runs.claimed(tmp_path / "lock") as first, runs.claimed(tmp_path / "lock", wait=True) as second:
+    told = pytest.warns(UserWarning, match="keeps no locks .*: run one process there at a time")
+    with told, runs.claimed(tmp_path / "lock") as first, runs.claimed(tmp_path / "lock", wait=True) as second:
         assert first and second
 
 

@@ -1,6 +1,7 @@
 """STAGE 1: teachers that depend on seed and index alone, whatever happens on the way."""
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -352,7 +354,7 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     for process in processes:
         output, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
-        assert "4 teachers in" in output and "100%" in errors
+        assert "4 teachers in" in output
     assert contents(folder) == contents(train(settings(tmp_path / "alone", count=4), data.load(DataConfig())))
 
 
@@ -370,11 +372,16 @@ class Elsewhere:
     def sleep(self, seconds: float) -> None:
         self.waited += 1
         if self.waited == 3:
-            if self.begun and not self.dies:
-                self.begun.discard()
-                first = trajectories.file_name(0)
-                (self.folder / first).write_bytes((self.result / first).read_bytes())
+            if not self.dies:
+                self.finish()
             self.held.close()
+
+    def finish(self) -> None:
+        """In the order in which a process does it; the claim is given back after that."""
+        first = trajectories.file_name(0)
+        (self.folder / first).write_bytes((self.result / first).read_bytes())
+        assert self.begun
+        self.begun.discard()
 
 
 @pytest.mark.parametrize("dies", [False, True])
@@ -388,6 +395,62 @@ def test_a_teacher_of_another_process_is_waited_for(
     assert elsewhere.waited == 3
     assert contents(elsewhere.folder) == contents(elsewhere.result)
     assert bars[-1].n == bars[-1].total == 2 * 3 * 130
+
+
+def test_a_teacher_that_was_just_finished_is_not_trained_again(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process, after this one listed what is missing."""
+    config = settings(tmp_path / "shared")
+    elsewhere = Elsewhere(config, dataset, monkeypatch)
+    listed = trajectories.missing
+
+    def missing(folder: Path, count: int) -> list[int]:
+        found = listed(folder, count)
+        if elsewhere.begun and 0 in found:
+            first = trajectories.file_name(0)
+            (folder / first).write_bytes((elsewhere.result / first).read_bytes())
+            elsewhere.held.close()
+        return found
+
+    monkeypatch.setattr(trajectories, "missing", missing)
+    with trajectories.begin(elsewhere.folder, 2, teachers._describe(config, dataset), 0) as begun:
+        assert begun and begun.meta["index"] == 1
+
+
+def test_processes_that_start_after_a_crash_tidy_up_together(tmp_path: Path, dataset: Dataset) -> None:
+    """Threads that each open a lock are to the system what processes are."""
+    description = teachers._describe(settings(tmp_path), dataset)
+    for _ in range(20):
+        for index in range(4):
+            (tmp_path / f".teacher-{index:03d}").mkdir()
+
+        def start(_: int) -> int:
+            trajectories.remove_leftovers(tmp_path)
+            with trajectories.begin(tmp_path, 4, description, 0) as begun:
+                assert begun
+                time.sleep(0.01)
+                begun.discard()
+                return int(begun.meta["index"])
+
+        with ThreadPoolExecutor(4) as together:
+            assert set(together.map(start, range(4))) <= {0, 1, 2, 3}
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_teachers_that_are_there_may_be_read_where_nothing_can_be_written(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While their owner trains another."""
+    config = settings(tmp_path)
+    train(config, dataset)
+    (tmp_path / ".teacher-002").mkdir()
+
+    def refuses(path: Path, wait: bool) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(runs, "_locked", refuses)
+    assert train(config, dataset) == tmp_path
 
 
 def test_who_waits_can_be_stopped(tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

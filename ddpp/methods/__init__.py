@@ -103,11 +103,15 @@ def own_options(method: type[Method] | type[Selection], given: Sequence[str]) ->
     """
     found = dict(getattr(method, "options", {}))
     for text in given:
-        name, _, value = text.partition("=")
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--own {text} must be NAME=VALUE")
         if name not in found:
             known = ", ".join(found) or "none"
             raise UserError(f"--own {text}: the method has no option {name!r}{nearest(name, found)} Known: {known}")
         kind = type(found[name])
+        if kind not in (bool, int, float, str):
+            raise UserError(f"--own {name}: the default must be of type bool, int, float or str, got {found[name]!r}")
         try:
             found[name] = {"true": True, "false": False}[value] if kind is bool else kind(value)
         except (ValueError, KeyError) as e:
