@@ -21,6 +21,7 @@ from ddpp.scores import Difference
 _EQUAL = ("data", "model", "augment", "evaluate")  # sections that two runs must share to be compared
 _OF_OTHER_ROWS = ("full_epochs", "full_lr", "models", "augmentations")
 _MAY_DIFFER = (*runs.OF_THE_MACHINE, *(f"evaluate.{name}" for name in _OF_OTHER_ROWS))
+HEAD = "| network | second - first, points | 95 % interval | pairs |"
 
 
 def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:
@@ -103,9 +104,6 @@ def _score(side: list[dict[str, Any]]) -> float | None:
         full, random = table["full"]["mean"] / 100, table["random"]["mean"] / 100
         found.append(scores.label_robust_score(full_hard=full, synthetic_hard=own, synthetic=own, random=random))
     return sum(found) / len(found)
-
-
-HEAD = "| network | second - first, points | 95 % interval | pairs |"
 
 
 def rows(result: dict[str, Any], prefix: str = "") -> list[str]:

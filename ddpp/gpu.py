@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpp.config import RunConfig
 from ddpp.ops._streams import SIDES, side_streams
 
 MOST_GRAPHS = 8  # each holds the memory of a whole step
@@ -109,6 +110,11 @@ class _Recording:
         if isinstance(self.results, Tensor):
             return self.results.detach()
         return tuple(None if r is None else r.detach() for r in self.results)
+
+
+def graphs_for(run: RunConfig, device: torch.device) -> Graphs | None:
+    """What inner steps are captured by, where a run's options and its device allow it."""
+    return Graphs() if run.cuda_graphs and run.use_fused_kernels and device.type == "cuda" else None
 
 
 class Graphs:

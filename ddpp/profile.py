@@ -25,7 +25,7 @@ from torch.profiler import profile as torch_profile
 from ddpp import augment, cli, data, models, runs, seeds, synthetic
 from ddpp.config import SECTIONS, Config
 from ddpp.dual import ConvNetStep, Step
-from ddpp.gpu import Graphs
+from ddpp.gpu import Graphs, graphs_for
 from ddpp.models import flat
 from ddpp.ops import convnet
 from ddpp.unroll import Matching, matching_gradients, provider
@@ -178,8 +178,7 @@ def draw(found: Profile, path: Path) -> None:
 def _run(config: Config, args: argparse.Namespace) -> None:
     device = cli.device(config)
     call, step, kept = outer_step(config, device)
-    captured = config.run.cuda_graphs and config.run.use_fused_kernels and device.type == "cuda"
-    found = measure(call, step, device, Graphs() if captured else None)
+    found = measure(call, step, device, graphs_for(config.run, device))
     found = found._replace(megabytes={**found.megabytes, **kept})
     settings = config.distill
     print(

@@ -157,13 +157,14 @@ def begin(folder: Path, count: int, description: dict[str, dict[str, Any]], seed
         UserError: a foreign or damaged file, a teacher, finished or begun, that is not as described, or the folder
             cannot be written.
     """
+    description = json.loads(json.dumps(description))  # as files tell it
     with contextlib.ExitStack() as held:
         with _changing(folder):
             _tidy(folder)
             metas = [found.meta for found in open_folder(folder, description).values()]
             for path in sorted(folder.glob(f".teacher-*/{_ABOUT}")):
                 metas.append(runs.read_json(path))
-                _check_begun(path.parent, metas[-1], json.loads(json.dumps(description)))
+                _check_begun(path.parent, metas[-1], description)
             seed = next((meta["seed"] for meta in metas), seed)
             index = next((i for i in missing(folder, count) if _claim(folder, i, held)), None)
             begun = None if index is None else Begun(folder, index, {**description, "seed": seed, "index": index})
