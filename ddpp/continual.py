@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
 from ddpp.config import Config
-from ddpp.data import Dataset
+from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Problem, Selection
 from ddpp.synthetic import Synthetic
@@ -128,7 +128,7 @@ def _network(
     )
 
 
-def _of_classes(images: Tensor, labels: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def _of_classes(images: Tensor | Images, labels: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """The images of some classes, labelled by the classes' places in ``seen``."""
     matches = labels[:, None] == seen.to(labels.device)  # [N, classes]
     inside = matches.any(1)

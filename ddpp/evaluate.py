@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ddpp import augment, cli, data, models, runs, scores, seeds, synthetic, training
 from ddpp.config import Config, ModelConfig
-from ddpp.data import Dataset, policies
+from ddpp.data import Dataset, Images, policies
 from ddpp.errors import UserError
 from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
@@ -79,7 +79,7 @@ class Evaluation:
         policy = None if name in _WITHOUT_POLICY else name
         return Evaluation(self.config, self.dataset, groups, self.device, self.progress, self.ledger, policy)
 
-    def network(self, model: str, images: Tensor, labels: Tensor, recipe: Recipe, *key: str | int) -> Scores:
+    def network(self, model: str, images: Tensor | Images, labels: Tensor, recipe: Recipe, *key: str | int) -> Scores:
         """Trains one network from scratch and tests it."""
         seed = seeds.derive(self.config.run.seed, "evaluate", model, *key)
         chosen = _model(self.config, model)
@@ -127,9 +127,11 @@ class Evaluation:
         with self.progress.get_lock():  # networks train in threads
             self.progress.update(images)
 
-    def _part(self, model: str, images: Tensor, labels: Tensor, recipe: Recipe, *key: str | int) -> str:
+    def _part(self, model: str, images: Tensor | Images, labels: Tensor, recipe: Recipe, *key: str | int) -> str:
         """Names a network by all that it depends on beside the configuration."""
-        trained_on = [zlib.crc32(t.contiguous().cpu().numpy().data) for t in (images, labels)]
+        trained_on: list[Any] = ["all"]  # of the data set, which the ledger knows
+        if isinstance(images, Tensor):
+            trained_on = [zlib.crc32(t.contiguous().cpu().numpy().data) for t in (images, labels)]
         return json.dumps([model, *trained_on, asdict(recipe), self.policy, self.groups, *key])
 
     def random(self, model: str, ipc: int, recipe: Recipe) -> list[Scores]:
@@ -175,7 +177,7 @@ class Evaluation:
         settings = self.config.evaluate
         return self._recipe(settings.epochs, settings.lr if settings.lr is not None else float(trained_on.step_size))
 
-    def _accuracy(self, network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    def _accuracy(self, network: nn.Module, images: Images, labels: Tensor) -> float:
         run = self.config.run
         return training.accuracy(
             network, images, labels, device=self.device, fused=run.use_fused_kernels, tile=run.winograd
@@ -244,7 +246,8 @@ def compare(
     settings = config.evaluate
     candidates = _candidates(folder, settings.select)
     names = settings.models or (config.model.model,)
-    about = {"config": asdict(config), "data": dataset.fingerprint, "threads": torch.get_num_threads()}
+    anywhere = replace(config, data=replace(config.data, data_root="", download=False))
+    about = {"config": asdict(anywhere), "data": dataset.fingerprint, "threads": torch.get_num_threads()}
     images = len(names) * _images_trained_on(config, dataset, candidates)
     with runs.alone(folder, "evaluate"), training.images_bar("evaluate", images) as progress:
         ledger = runs.Ledger(folder / "evaluated.jsonl", about)

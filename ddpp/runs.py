@@ -32,12 +32,16 @@ TEMPORARY = ".partial-"
 OF_THE_MACHINE = ("run.device", "run.threads", "run.plugins", "run.cuda_graphs", "data.data_root", "data.download")
 
 
+class Unwritable(UserError):
+    """A file could not be written."""
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its place, flushed to disk, once the block has ended well.
 
     Raises:
-        UserError: the file cannot be written (full disk, no permission); whatever stood at ``path`` is still there.
+        Unwritable: full disk, no permission; whatever stood at ``path`` is still there.
     """
     path = Path(path)
     try:
@@ -56,7 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as e:
         raise _unwritable(path, e) from e
     except SafetensorError as e:
-        raise UserError(f"cannot write {path}: {e}. Free some space or choose another folder.") from e
+        raise Unwritable(f"cannot write {path}: {e}. Free some space or choose another folder.") from e
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
@@ -70,7 +74,7 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
     with a warning.
 
     Raises:
-        UserError: the file cannot be made.
+        Unwritable: the file cannot be made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -451,10 +455,10 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def _unwritable(path: Path, error: OSError) -> Unwritable:
     if error.errno == errno.ENOSPC:
-        return UserError(f"the disk is full: {path} was not written. Free some space and continue.")
-    return UserError(f"cannot write {path}: {error.strerror or error}")
+        return Unwritable(f"the disk is full: {path} was not written. Free some space and continue.")
+    return Unwritable(f"cannot write {path}: {error.strerror or error}")
 
 
 def _sync_folder(folder: Path) -> None:

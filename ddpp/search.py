@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
 from ddpp.config import Config, ModelConfig
-from ddpp.data import Dataset
+from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
 from ddpp.training import Recipe
 
@@ -74,7 +74,7 @@ def search(
     lr = settings.lr if settings.lr is not None else float(distilled.step_size)
     few = Recipe(settings.epochs, lr, settings.momentum, settings.weight_decay, settings.batch, decay=True)
     many = replace(few, epochs=settings.full_epochs, lr=settings.full_lr)
-    sets = {
+    sets: dict[str, tuple[Tensor | Images, Tensor, Recipe]] = {
         "distilled": (distilled.images, distilled.labels, few),
         "random": (random.images, random.labels, few),
         "full": (dataset.train_images, dataset.train_labels, many),
@@ -115,7 +115,7 @@ def _trained(
     config: Config,
     dataset: Dataset,
     model: ModelConfig,
-    images: Tensor,
+    images: Tensor | Images,
     labels: Tensor,
     recipe: Recipe,
     device: torch.device,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpp import runs, seeds
-from ddpp.data import Dataset, Transform
+from ddpp.data import Dataset, Images, Transform
 from ddpp.errors import UserError
 from ddpp.models import flat
 from ddpp.trajectories import Trajectory
@@ -157,7 +157,7 @@ def _correct_images(first: Synthetic, dataset: Dataset, network: nn.Module, ends
     return dataset.train_images[torch.tensor(chosen).flatten()].to(device)
 
 
-def _answers(network: nn.Module, parameters: Tensor, images: Tensor) -> Tensor:
+def _answers(network: nn.Module, parameters: Tensor, images: Tensor | Images) -> Tensor:
     """Logits. [N, K]"""
     parts = [flat.call(network, parameters, part.to(parameters.device)) for part in images.split(_AT_ONCE)]
     return torch.cat(parts)

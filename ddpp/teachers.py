@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ddpp import augment, cli, data, models, runs, seeds, training, trajectories
 from ddpp.config import Config
-from ddpp.data import Dataset
+from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
 from ddpp.models import flat
 from ddpp.training import Recipe, Standing
@@ -184,7 +184,8 @@ def _train_one(
     key = begun.meta["seed"], "teacher", begun.meta["index"]
     model = models.build(config.model, dataset.shape, len(dataset.classes), seed=seeds.derive(*key, "network"))
     model.to(device)
-    images, labels = (t.to(device) for t in _tested(dataset, key[0]))  # once, and not at each epoch
+    images, labels = _tested(dataset, key[0])
+    images, labels = images.to(device), labels.to(device)  # once, and not at each epoch
     fused, tile = config.run.use_fused_kernels, config.run.winograd
 
     def keep(standing: Standing) -> None:
@@ -229,7 +230,7 @@ def _go_on(model: nn.Module, begun: Begun) -> Standing:
     return Standing(begun.epochs, begun.state.get(_VELOCITY))
 
 
-def _tested(dataset: Dataset, seed: int) -> tuple[Tensor, Tensor]:
+def _tested(dataset: Dataset, seed: int) -> tuple[Tensor | Images, Tensor]:
     """Images and labels that tell a teacher's accuracy: those held out, or else a sample of the training images."""
     if len(dataset.val_labels):
         return dataset.val_images, dataset.val_labels

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpp import augment, seeds
+from ddpp.data import Images
 from ddpp.dual import ConvNetStep
 from ddpp.errors import UserError
 from ddpp.models import Network, flat
@@ -64,7 +65,7 @@ BEGINNING = Standing()
 
 def fit(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | Images,
     labels: Tensor,
     recipe: Recipe,
     *,
@@ -221,7 +222,7 @@ def _norm(parts: list[Tensor]) -> Tensor:
 @torch.no_grad()
 def accuracy(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | Images,
     labels: Tensor,
     *,
     device: torch.device,
@@ -240,9 +241,10 @@ def accuracy(
     outputs: Callable[[Tensor], Tensor] = model
     if fused and isinstance(model, Network) and _suits(model, device):
         outputs = partial(ConvNetStep(model, tile).logits, flat.flatten(model))
+    images, labels = images.to(device), labels.to(device)
     right = torch.zeros((), dtype=torch.int64, device=device)
     for part, truth in zip(images.split(batch), labels.split(batch), strict=True):
-        right += (outputs(part.to(device)).argmax(1) == truth.to(device)).sum()
+        right += (outputs(part).argmax(1) == truth).sum()
     model.train(training)
     return 100 * int(right) / len(labels)
 

@@ -1,5 +1,7 @@
 """Data sets: reading, splitting, normalising, whitening, and what bad input gets."""
 
+import errno
+import os
 import pickle
 import shutil
 import sys
@@ -15,7 +17,7 @@ import torch
 
 from ddpp import data, seeds
 from ddpp.config import DataConfig
-from ddpp.data import policies, preprocess
+from ddpp.data import pictures, policies, preprocess
 from ddpp.data.split import stratified
 from ddpp.errors import UserError
 
@@ -68,10 +70,10 @@ def test_digits() -> None:
         assert labels.dtype == torch.int64
         assert torch.bincount(labels).min() > 0.08 * len(labels)
     for images in (found.train_images, found.val_images, found.test_images):
-        assert images.dtype == torch.float32
-        assert images.is_contiguous()
-    assert abs(found.train_images.mean()) < 1e-5
-    assert abs(found.train_images.std(correction=0) - 1) < 1e-5
+        assert images[:].dtype == torch.float32
+        assert images[:].is_contiguous()
+    assert abs(found.train_images[:].mean()) < 1e-5
+    assert abs(found.train_images[:].std(correction=0) - 1) < 1e-5
 
 
 def test_pixels_come_back() -> None:
@@ -79,7 +81,7 @@ def test_pixels_come_back() -> None:
 
     for zca in (False, True):
         found = data.load(DataConfig(zca=zca))
-        pixels = torch.cat([found.to_pixels(i) for i in (found.train_images, found.val_images, found.test_images)])
+        pixels = torch.cat([found.to_pixels(i[:]) for i in (found.train_images, found.val_images, found.test_images)])
         source = torch.from_numpy(load_digits().images).float() / 16
         torch.testing.assert_close(pixels.sum((1, 2, 3)).sort().values, source.sum((1, 2)).sort().values)
         torch.testing.assert_close(
@@ -97,7 +99,7 @@ def test_the_transform_of_a_saved_table_gives_viewable_pixels() -> None:
 
 def test_twice_the_same_and_other_bytes_other_fingerprint() -> None:
     first, again = data.load(DataConfig()), data.load(DataConfig())
-    assert torch.equal(first.train_images, again.train_images)
+    assert torch.equal(first.train_images[:], again.train_images[:])
     assert first.fingerprint == again.fingerprint
     others = [data.load(DataConfig(zca=True)), data.load(DataConfig(validation=0.2))]
     assert len({first.fingerprint, *(d.fingerprint for d in others)}) == 3
@@ -110,8 +112,8 @@ def test_the_held_out_part_is_stratified_and_not_trained_on() -> None:
     assert len(held.train_labels) + len(held.val_labels) == len(without.train_labels)
     shares = torch.bincount(held.val_labels) / torch.bincount(without.train_labels)
     assert ((shares - 0.25).abs() < 0.01).all()
-    parts = held.to_pixels(torch.cat([held.train_images, held.val_images])).sum((1, 2, 3))
-    whole = without.to_pixels(without.train_images).sum((1, 2, 3))
+    parts = held.to_pixels(torch.cat([held.train_images[:], held.val_images[:]])).sum((1, 2, 3))
+    whole = without.to_pixels(without.train_images[:]).sum((1, 2, 3))
     torch.testing.assert_close(parts.sort().values, whole.sort().values)
     assert torch.equal(held.test_labels, without.test_labels)
 
@@ -127,12 +129,14 @@ def test_both_parts_keep_one_of_a_small_class() -> None:
 def test_channel_statistics_against_numpy() -> None:
     images = torch.randint(0, 256, (2500, 3, 4, 4), dtype=torch.uint8)
     images[:, 2] = 7
-    transform = preprocess.fit_channels(images, 255)
+    transform = preprocess.fit_channels(preprocess.Images(images))
     pixels = images.numpy().astype(np.float64) / 255
     np.testing.assert_allclose(transform["mean"], pixels.mean((0, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(transform["std"][:2], pixels.std((0, 2, 3))[:2], rtol=1e-6)
     assert transform["std"][2] == 1
-    assert torch.isfinite(preprocess.apply(transform, images, 255)).all()
+    normalised = preprocess.transformed(transform, preprocess.Images(images))[:].double().numpy()
+    expected = (pixels - pixels.mean((0, 2, 3), keepdims=True)) / transform["std"].numpy()[:, None, None]
+    np.testing.assert_allclose(normalised, expected, atol=1e-5)
 
 
 def test_zca_against_an_independent_computation(cache: Path) -> None:
@@ -140,7 +144,7 @@ def test_zca_against_an_independent_computation(cache: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     mixed = torch.randn(2100, 12, generator=draw) @ torch.randn(12, 12, generator=draw)
     images = (mixed * 12 + 128).clamp(0, 255).to(torch.uint8).view(2100, 3, 2, 2)
-    transform = preprocess.fit_zca(images, 255, "key")
+    transform = preprocess.fit_zca(preprocess.Images(images), "key")
     flat = images.double().flatten(1).numpy() / 255
     centred = flat - flat.mean(0)
     _, singular, rotation = np.linalg.svd(centred, full_matrices=False)
@@ -148,7 +152,7 @@ def test_zca_against_an_independent_computation(cache: Path) -> None:
     whiten = rotation.T @ np.diag((values + 0.1) ** -0.5) @ rotation
     np.testing.assert_allclose(transform["whiten"], whiten, atol=1e-5)
     np.testing.assert_allclose(transform["unwhiten"], np.linalg.inv(whiten), atol=1e-5)
-    whitened = preprocess.apply(transform, images, 255).flatten(1).double()
+    whitened = preprocess.transformed(transform, preprocess.Images(images))[:].flatten(1).double()
     np.testing.assert_allclose(whitened, centred @ whiten, atol=1e-5)
     expected = rotation.T @ np.diag(values / (values + 0.1)) @ rotation
     np.testing.assert_allclose(np.cov(whitened.numpy().T), expected, atol=1e-5)
@@ -160,10 +164,10 @@ def test_the_whitening_is_cached_and_a_damaged_cache_is_computed_again(cache: Pa
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     again = data.load(DataConfig(zca=True))
-    assert torch.equal(first.train_images, again.train_images)
+    assert torch.equal(first.train_images[:], again.train_images[:])
     assert path.read_bytes() == whole
     (fitted,) = {p.stat().st_mtime_ns for p in cache.iterdir()}
-    assert torch.equal(data.load(DataConfig(zca=True)).train_images, first.train_images)
+    assert torch.equal(data.load(DataConfig(zca=True)).train_images[:], first.train_images[:])
     assert path.stat().st_mtime_ns == fitted
 
 
@@ -177,20 +181,20 @@ def test_a_cache_folder_that_cannot_be_written_is_no_obstacle(
 
 
 def test_a_long_fit_is_said_once(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    images = preprocess.Images(torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preprocess, "ZCA_SLOW", 64)
-        preprocess.fit_zca(images, 255, "long")
+        preprocess.fit_zca(images, "long")
         told = capsys.readouterr().out
         assert told.startswith("fitting the whitening of images of 64 values: minutes, once, then kept in")
-        preprocess.fit_zca(images, 255, "long")
-    preprocess.fit_zca(images, 255, "short")
+        preprocess.fit_zca(images, "long")
+    preprocess.fit_zca(images, "short")
     assert capsys.readouterr().out == "" and len(list(cache.iterdir())) == 2
 
 
 def test_images_too_large_to_whiten() -> None:
     with pytest.raises(UserError, match="--zca needs images of at most 12288 values, got 49152"):
-        preprocess.fit_zca(torch.zeros(1, 3, 128, 128, dtype=torch.uint8), 255, "key")
+        preprocess.fit_zca(preprocess.Images(torch.zeros(1, 3, 128, 128, dtype=torch.uint8)), "key")
 
 
 @needs_torchvision
@@ -200,7 +204,7 @@ def test_a_folder(tree: Path) -> None:
     assert [len(labels) for labels in (found.train_labels, found.val_labels, found.test_labels)] == [8, 2, 4]
     assert "flip" in found.strategy
     picture = np.asarray(Image.open(tree / "test" / "dog" / "1.png")).transpose(2, 0, 1) / 255
-    np.testing.assert_allclose(found.to_pixels(found.test_images)[3], picture, atol=1e-5)
+    np.testing.assert_allclose(found.to_pixels(found.test_images[:])[3], picture, atol=1e-5)
     assert found.test_labels.tolist() == [0, 0, 1, 1]
 
 
@@ -221,7 +225,7 @@ def test_a_grey_image_among_coloured_ones_is_one_of_them(tree: Path, part: str, 
     save_image(tree / part / name, np.full((6, 6), 100))
     found = read(tree, validation=0.0)
     images = found.train_images if part == "train" else found.test_images
-    torch.testing.assert_close(found.to_pixels(images)[index], torch.full((3, 6, 6), 100 / 255), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.to_pixels(images[:])[index], torch.full((3, 6, 6), 100 / 255), atol=1e-5, rtol=0)
 
 
 @needs_torchvision
@@ -231,7 +235,119 @@ def test_images_of_any_size_with_image_size(tree: Path) -> None:
     save_image(tree / "test" / "dog" / "1.png", left_white)
     found = read(tree, image_size=4)
     assert found.shape == (3, 4, 4)
-    torch.testing.assert_close(found.to_pixels(found.test_images)[3], torch.zeros(3, 4, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.to_pixels(found.test_images[:])[3], torch.zeros(3, 4, 4), atol=1e-5, rtol=0)
+
+
+def test_images_are_those_of_a_tensor_and_stay_whole_numbers() -> None:
+    stored = torch.randint(0, 17, (40, 2, 3, 3), dtype=torch.uint8)
+    rows = torch.randperm(40)[:23]
+    transform = {"mean": torch.tensor([0.1, 0.4]), "std": torch.tensor([0.3, 2.0])}
+    images = preprocess.Images(stored, rows, transform, white=16)
+    wanted = data.from_pixels(transform, stored[rows].float() / 16)
+    assert len(images) == 23 and images.shape == wanted.shape and images.stored is stored
+    for index in (slice(None), slice(2, 20, 5), 4, torch.tensor([5, 0, 5]), torch.arange(23) % 3 == 1, slice(0, 0)):
+        assert torch.equal(images[index], wanted[index])
+    for size in (1, 10, 23, 99):
+        for mine, theirs in zip(images.split(size), wanted.split(size), strict=True):
+            assert torch.equal(mine, theirs)
+    (none,) = preprocess.Images(stored, rows[:0]).split(10)
+    assert none.shape == (0, 2, 3, 3)
+
+
+def test_a_large_data_set_takes_no_memory_for_what_is_held_out_nor_for_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = data.load(DataConfig(validation=0.25))
+    monkeypatch.setattr(preprocess, "FEW", 1000)
+    many = data.load(DataConfig(validation=0.25))
+    assert many.train_images.stored.dtype == torch.uint8
+    assert many.train_images.stored is many.val_images.stored
+    assert many.fingerprint == few.fingerprint
+    for part in ("train_images", "val_images", "test_images"):
+        assert torch.equal(getattr(many, part)[:], getattr(few, part)[:])
+
+
+@pytest.fixture
+def kept(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of images so many that they are kept."""
+    monkeypatch.setattr(pictures, "_MANY", 14)
+    return tree
+
+
+@needs_torchvision
+def test_many_images_are_decoded_once(
+    kept: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = read(kept)
+    (path,) = cache.iterdir()
+    assert f"the decoded images are kept in {path}" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "_read", None)
+        again = read(kept)
+    assert again.fingerprint == first.fingerprint
+    assert torch.equal(again.train_images[:], first.train_images[:])
+    assert read(kept, image_size=4).shape == (3, 4, 4)
+
+
+@needs_torchvision
+def test_images_that_changed_are_decoded_again(kept: Path, cache: Path) -> None:
+    before = read(kept)
+    save_image(kept / "test" / "dog" / "1.png", np.full((6, 6, 3), 200))
+    after = read(kept)
+    torch.testing.assert_close(after.to_pixels(after.test_images[:])[3], torch.full((3, 6, 6), 200 / 255))
+    assert after.fingerprint != before.fingerprint
+    newest = max(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    for damaged in (newest.read_bytes()[:-10], b""):
+        newest.write_bytes(damaged)
+        assert read(kept).fingerprint == after.fingerprint
+
+
+@needs_torchvision
+def test_a_damaged_image_among_many_leaves_nothing(kept: Path, cache: Path) -> None:
+    cut(kept / "train" / "dog" / "3.png")
+    with pytest.raises(UserError, match=r"cannot read the image .*dog/3\.png"):
+        read(kept)
+    (kept / "train" / "dog" / "3.png").unlink()
+    (kept / "train" / "dog" / "3.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"cannot read the image .*dog/3\.png"):
+        read(kept)
+    assert not list(cache.iterdir())
+
+
+@needs_torchvision
+@pytest.mark.parametrize("why", ["a file in the way", "disk full"])
+def test_images_that_cannot_be_kept_are_in_memory(
+    kept: Path, cache: Path, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = read(kept).fingerprint
+    shutil.rmtree(cache)
+    if why == "disk full":
+
+        def full(*_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    else:
+        cache.write_text("")
+    capsys.readouterr()
+    assert read(kept).fingerprint == wanted
+    assert "the decoded images were not cached: " in capsys.readouterr().out
+    assert cache.is_file() or not list(cache.iterdir())
+
+
+@needs_torchvision
+def test_processes_that_begin_together_decode_once(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads stand for them: each opens the lock for itself."""
+    decoded, decode = [], pictures._decode
+
+    def noted(*args: Any) -> Any:
+        decoded.append(args)
+        return decode(*args)
+
+    monkeypatch.setattr(pictures, "_decode", noted)
+    paths = sorted(map(str, kept.rglob("*.png")))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(pictures.decode, [paths] * 4))
+    assert len(decoded) == 1
+    assert all(torch.equal(images, found[0]) for images in found)
 
 
 def remove(path: Path) -> None:
@@ -310,7 +426,7 @@ def test_val_is_tested_on_where_there_is_no_test(unlabelled: bool, tree: Path) -
     if unlabelled:  # as ImageNet's
         save_image(tree / "test" / "0.png", np.zeros((6, 6, 3)))
     found = read(tree)
-    assert torch.equal(found.test_images, wanted.test_images) and found.fingerprint == wanted.fingerprint
+    assert torch.equal(found.test_images[:], wanted.test_images[:]) and found.fingerprint == wanted.fingerprint
     remove(tree / "val" / "dog"), (tree / "val" / "dog").rmdir()
     with pytest.raises(UserError, match=r"train and val in .* must have the same classes, but only one has dog"):
         read(tree)
@@ -346,8 +462,8 @@ def test_tiny_imagenet(tiny: Path) -> None:
         (found.test_images, 2, "val/images/val_2"),
     ):
         picture = np.asarray(Image.open(tiny / f"{path}.JPEG")).transpose(2, 0, 1) / 255
-        np.testing.assert_allclose(found.to_pixels(images)[index], picture, atol=1e-5)
-    grey = found.to_pixels(found.train_images)[2]
+        np.testing.assert_allclose(found.to_pixels(images[:])[index], picture, atol=1e-5)
+    grey = found.to_pixels(found.train_images[:])[2]
     torch.testing.assert_close(grey[0], grey[2])
 
 
@@ -426,7 +542,7 @@ def test_cifar10_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (len(found.train_labels), len(found.test_labels)) == (100, 20)
     assert found.classes[3] == "class 3"
     first = pickle.loads((tmp_path / "cifar-10-batches-py" / "data_batch_1").read_bytes())["data"][0]
-    np.testing.assert_allclose(found.to_pixels(found.train_images)[0], first.reshape(3, 32, 32) / 255, atol=1e-5)
+    np.testing.assert_allclose(found.to_pixels(found.train_images[:])[0], first.reshape(3, 32, 32) / 255, atol=1e-5)
 
 
 def write_mnist(folder: Path, count: int = 20) -> None:

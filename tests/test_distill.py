@@ -367,7 +367,7 @@ def test_an_evaluation_that_was_cut_goes_on(finished: Path, monkeypatch: pytest.
     argv += ["--augmentations", "none", "dsa", "--threads", "1"]
     train, trained = evaluate.Evaluation.network, 0
 
-    def evaluated(most: int) -> bool:
+    def evaluated(most: int, *more: str) -> bool:
         """Whether it ended, and not at the network after ``most``."""
         nonlocal trained
         trained = 0
@@ -380,7 +380,7 @@ def test_an_evaluation_that_was_cut_goes_on(finished: Path, monkeypatch: pytest.
             return train(self, *job)
 
         monkeypatch.setattr(evaluate.Evaluation, "network", counted)
-        return evaluate.main(argv) == 0
+        return evaluate.main([*argv, *more]) == 0
 
     def figures() -> Any:
         return json.loads((finished / "evaluation.json").read_text())["models"]
@@ -388,7 +388,7 @@ def test_an_evaluation_that_was_cut_goes_on(finished: Path, monkeypatch: pytest.
     assert evaluated(most=10_000)
     whole, needed = figures(), trained
     assert not evaluated(most=9) and (finished / "evaluated.jsonl").exists()
-    assert evaluated(most=10_000) and trained == needed - 9 and bars[-1].n == bars[-1].total
+    assert evaluated(10_000, "--data-root", "elsewhere") and trained == needed - 9 and bars[-1].n == bars[-1].total
     assert figures() == whole and not (finished / "evaluated.jsonl").exists()
 
 

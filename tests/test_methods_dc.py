@@ -96,7 +96,7 @@ def test_dsa_augments_real_and_synthetic_images_alike(problem: Problem) -> None:
     """Synthetic images that are the real ones have no distance, but for the 1e-6 of 260 rows, under any draw."""
     augmented = replace(problem, groups=augment.GROUPS)
     dataset = problem.dataset
-    everything = synthetic.Synthetic(dataset.train_images, dataset.train_labels, torch.tensor(0.01))
+    everything = synthetic.Synthetic(dataset.train_images[:], dataset.train_labels, torch.tensor(0.01))
     found = METHODS.get("dsa")(augmented).update(everything, 0, {})
     plain = METHODS.get("dsa")(problem).update(everything, 0, {})
     assert float(found.loss) < 0.05 and float(plain.loss) < 0.05

@@ -118,7 +118,7 @@ def test_steps_improve_the_regression(problem: Problem) -> None:
 
 def test_the_regression_knows_what_it_was_fitted_to(problem: Problem) -> None:
     held = synthetic.start(problem.dataset, 2, "real", 0.01, 0)
-    known = replace(problem.dataset, test_images=held.images, test_labels=held.labels)
+    known = replace(problem.dataset, test_images=data.Images(held.images), test_labels=held.labels)
     assert kip.accuracy_of_krr(WideNetwork("conv", 2), held, known, 1e-6) == 100
     wrong = replace(known, test_labels=(held.labels + 1) % 10)
     assert kip.accuracy_of_krr(WideNetwork("conv", 2), held, wrong, 1e-6) == 0

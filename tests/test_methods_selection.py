@@ -72,7 +72,7 @@ def test_the_whole_job(name: str, tmp_path: Path) -> None:
     found, meta = synthetic.load(one)
     dataset = data.load(config.DataConfig(dataset="digits"))
     assert found.labels.tolist() == [k for k in range(10) for _ in range(3)] and meta["steps"] == 0
-    index = [torch.nonzero((dataset.train_images == image).flatten(1).all(1)).flatten() for image in found.images]
+    index = [torch.nonzero((dataset.train_images[:] == image).flatten(1).all(1)).flatten() for image in found.images]
     assert all(
         len(i) >= 1 and dataset.train_labels[i[0]] == label for i, label in zip(index, found.labels, strict=True)
     )

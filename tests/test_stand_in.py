@@ -14,6 +14,7 @@ from stand_in import DEVICE, standing_in
 from test_gpu import Recorder
 
 from ddpp import cli, continual, distill, evaluate, profile, search, synthetic, teachers, training, trajectories
+from ddpp.data import preprocess
 from ddpp.dual import ConvNetStep
 from ddpp.gpu import Graphs
 from ddpp.methods import METHODS, Problem
@@ -57,6 +58,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("teachers") / "digits"
     assert run(teachers.main, "cpu", [*NETWORK, "--count", "2", "--epochs", "2", "--folder", str(path)]) == 0
     return path
+
+
+@pytest.fixture(autouse=True)
+def many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images stay whole numbers, which are normalised on the device."""
+    monkeypatch.setattr(preprocess, "FEW", 0)
 
 
 @pytest.fixture(params=["stand-in", "cuda"])

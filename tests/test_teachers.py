@@ -41,7 +41,7 @@ def one_thread() -> Iterator[None]:
 def dataset() -> Dataset:
     """A tenth of the digits."""
     whole = data.load(DataConfig())
-    return replace(whole, train_images=whole.train_images[::10], train_labels=whole.train_labels[::10])
+    return replace(whole, train_images=data.Images(whole.train_images[::10]), train_labels=whole.train_labels[::10])
 
 
 def settings(folder: Path, *, seed: int = 0, strategy: str = "auto", width: int = 4, **options: object) -> Config:
@@ -88,7 +88,7 @@ def test_snapshots_follow_the_training(tmp_path: Path, dataset: Dataset) -> None
 
 
 def test_without_a_held_out_part_accuracy_is_of_the_training_part(tmp_path: Path, dataset: Dataset) -> None:
-    without = replace(dataset, val_images=dataset.val_images[:0], val_labels=dataset.val_labels[:0])
+    without = replace(dataset, val_images=data.Images(dataset.val_images[:0]), val_labels=dataset.val_labels[:0])
     config = settings(tmp_path, count=1)
     (found,) = open_all(train(config, without), config, without)
     model = models.build(config.model, dataset.shape, 10, seed=0)
@@ -100,7 +100,7 @@ def test_without_a_held_out_part_accuracy_is_of_the_training_part(tmp_path: Path
 def test_a_sample_tells_the_accuracy_of_many_training_images(
     tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without = replace(dataset, val_images=dataset.val_images[:0], val_labels=dataset.val_labels[:0])
+    without = replace(dataset, val_images=data.Images(dataset.val_images[:0]), val_labels=dataset.val_labels[:0])
     found = []
     for name, sample in (("all", teachers._SAMPLE), ("sample", 16)):
         monkeypatch.setattr(teachers, "_SAMPLE", sample)

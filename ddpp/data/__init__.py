@@ -17,13 +17,14 @@ from ddpp import runs, seeds
 from ddpp.config import DataConfig
 from ddpp.data import digits, folder, pictures, tinyimagenet, torchvision_sets
 from ddpp.data.base import DATASETS, Raw
-from ddpp.data.preprocess import Transform, apply, fit_channels, fit_zca, from_pixels, to_pixels_from
+from ddpp.data.preprocess import Images, Transform, fit_channels, fit_zca, from_pixels, to_pixels_from, transformed
 from ddpp.data.split import stratified
 from ddpp.errors import UserError
 
 __all__ = [
     "DATASETS",
     "Dataset",
+    "Images",
     "Transform",
     "digits",
     "folder",
@@ -35,18 +36,23 @@ __all__ = [
     "torchvision_sets",
 ]
 
+_AT_ONCE = 1024  # images
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set on the CPU, normalised or whitened; the validation part is held out of the training part."""
+    """A data set on the CPU; the validation part is held out of the training part.
+
+    Its images are normalised where an index or a part of them is asked for, or were whitened.
+    """
 
     name: str
     classes: tuple[str, ...]
-    train_images: Tensor  # [N, C, H, W] float32
+    train_images: Images  # [N, C, H, W] float32
     train_labels: Tensor  # [N] int64
-    val_images: Tensor
+    val_images: Images
     val_labels: Tensor
-    test_images: Tensor
+    test_images: Images
     test_labels: Tensor
     preprocessing: str  # "channel" or "zca"
     transform: Transform
@@ -91,20 +97,24 @@ def load(config: DataConfig) -> Dataset:
         raw = reader(config)
     _check(raw)
     train, held_out = stratified(raw.train_labels, config.validation, seeds.generator(0, "validation"))
-    trained_on = raw.train_images[train] if len(held_out) else raw.train_images  # large ones are not copied for nothing
-    images = {"train": trained_on, "val": raw.train_images[held_out], "test": raw.test_images}
+    images = {
+        "train": Images(raw.train_images, train if len(held_out) else None, white=raw.white),
+        "val": Images(raw.train_images, held_out, white=raw.white),
+        "test": Images(raw.test_images, white=raw.white),
+    }
     labels = {"train": raw.train_labels[train], "val": raw.train_labels[held_out], "test": raw.test_labels}
     preprocessing = "zca" if config.zca else "channel"
     fingerprint = _fingerprint(preprocessing, raw.white, [*images.values(), *labels.values()])
-    if config.zca:
-        transform = fit_zca(images["train"], raw.white, fingerprint)
-    else:
-        transform = fit_channels(images["train"], raw.white)
+    transform = fit_zca(images["train"], fingerprint) if config.zca else fit_channels(images["train"])
     return Dataset(
         name=raw.name,
         classes=raw.classes,
-        **{f"{part}_images": apply(transform, pixels, raw.white) for part, pixels in images.items()},
-        **{f"{part}_labels": values for part, values in labels.items()},
+        train_images=transformed(transform, images["train"]),
+        train_labels=labels["train"],
+        val_images=transformed(transform, images["val"]),
+        val_labels=labels["val"],
+        test_images=transformed(transform, images["test"]),
+        test_labels=labels["test"],
         preprocessing=preprocessing,
         transform=transform,
         strategy=raw.strategy,
@@ -134,8 +144,9 @@ def _check(raw: Raw) -> None:
             raise UserError(f"{raw.name} has no {part} image of class {', '.join(empty[:5])}. Add some.")
 
 
-def _fingerprint(preprocessing: str, white: int, tensors: list[Tensor]) -> str:
+def _fingerprint(preprocessing: str, white: int, tensors: list[Images | Tensor]) -> str:
     digest = hashlib.sha256(repr((preprocessing, white, [tuple(t.shape) for t in tensors])).encode())
     for tensor in tensors:
-        digest.update(tensor.contiguous().numpy().data)
+        for part in tensor.split(_AT_ONCE):
+            digest.update(part.contiguous().numpy().data)
     return digest.hexdigest()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +37,11 @@ NO_FLIP = "color_crop_cutout_scale_rotate"  # of digits, whose mirror images mea
 Reader = Callable[[DataConfig], Raw]
 
 DATASETS: Registry[Reader] = Registry("data set")
+
+
+def cache_folder() -> Path:
+    """Where what can be computed again is kept; the user may empty it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpp"
 
 
 def library(module: str) -> Any:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddpp import runs
-from ddpp.data.base import library
+from ddpp.data.base import cache_folder, library
 from ddpp.errors import UserError
 
 _CHUNK = 256  # files that a thread decodes in a row
-_PROGRESS_FROM = 2000  # files
+_MANY = 2000  # files from which on progress is shown, and pixels are kept
 _GREY = ("1", "L", "LA")
+
+Room = Callable[[tuple[int, ...]], NDArray[np.uint8]]  # from a shape to memory
 
 
 def decode(paths: Sequence[str], image_size: int | None = None) -> Tensor:
@@ -26,17 +33,83 @@ def decode(paths: Sequence[str], image_size: int | None = None) -> Tensor:
 
     Palettes become RGB, grey images among coloured ones too, and transparency is dropped. All must be square and of
     one size, unless ``image_size`` is given: then the shorter side is resized to it (bilinear, antialiased) and the
-    centre kept.
+    centre kept. Many are decoded once: their pixels are kept in the user's cache folder until a file changes, and the
+    tensor is a view of that file, which takes no memory of a process's own and must not be written to.
 
     Raises:
         UserError: an image cannot be read, has more than 8 bits a channel, or another size. The message names it.
     """
+    if len(paths) >= _MANY:
+        path = cache_folder() / f"images-{_key(paths, image_size)}.npy"
+        try:
+            found = _kept(path)
+            return _decode_and_keep(paths, image_size, path) if found is None else found
+        except runs.Unwritable as e:
+            print(f"the decoded images were not cached: {e}")
+    return torch.from_numpy(_decode(paths, image_size, _memory))
+
+
+def _key(paths: Sequence[str], image_size: int | None) -> str:
+    """Changes when a file does."""
+    digest = hashlib.sha256(repr(image_size).encode())
+    for path in paths:
+        digest.update(f"{os.path.abspath(path)}\0{_stamp(path)}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    try:
+        about = os.stat(path)
+    except OSError:  # decoding says what is wrong
+        return 0, 0
+    return about.st_size, about.st_mtime_ns
+
+
+def _decode_and_keep(paths: Sequence[str], image_size: int | None, path: Path) -> Tensor:
+    """Processes that begin together decode once."""
+    with runs.claimed(path.with_suffix(".lock"), wait=True):
+        found = _kept(path)
+        if found is None:
+            with runs.replacing(path) as temporary:
+                _decode(paths, image_size, partial(_file, temporary)).flush()
+                found = _mapped(temporary)
+            print(f"the decoded images are kept in {path} ({found.numel() / 1e6:.0f} MB)", flush=True)
+    return found
+
+
+def _kept(path: Path) -> Tensor | None:
+    """None where there is no whole file."""
+    try:
+        return _mapped(path)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _mapped(path: Path) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable")
+        return torch.from_numpy(np.load(path, mmap_mode="r"))
+
+
+def _memory(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    return np.empty(shape, dtype=np.uint8)
+
+
+def _file(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
+    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    with open(path, "r+b") as file:  # a disk that is full says so here, and kills no process later
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return images
+
+
+def _decode(paths: Sequence[str], image_size: int | None, room: Room) -> Any:
+    """The images in memory that ``room`` gives. [N, C, H, W]"""
     mode = "L" if all(_mode(path) in _GREY for path in paths) else "RGB"  # ends at the first one with colour
     first = _read(paths[0], image_size, mode)
     height, width, channels = first.shape
     if height != width:
         raise UserError(f"{paths[0]} is {_size(first)}, but must be square. Crop images with --image-size.")
-    images = np.empty((len(paths), channels, height, width), dtype=np.uint8)
+    images = room((len(paths), channels, height, width))
 
     def decode_chunk(start: int) -> int:
         chunk = range(start, min(start + _CHUNK, len(paths)))
@@ -48,7 +121,7 @@ def decode(paths: Sequence[str], image_size: int | None = None) -> Tensor:
             images[i] = image.transpose(2, 0, 1)
         return len(chunk)
 
-    progress = tqdm(total=len(paths), desc="read images", unit="image", disable=len(paths) < _PROGRESS_FROM)
+    progress = tqdm(total=len(paths), desc="read images", unit="image", disable=len(paths) < _MANY)
     with ThreadPoolExecutor() as pool, progress:
         try:
             for count in pool.map(decode_chunk, range(0, len(paths), _CHUNK)):
@@ -56,7 +129,7 @@ def decode(paths: Sequence[str], image_size: int | None = None) -> Tensor:
         except UserError:
             pool.shutdown(cancel_futures=True)
             raise
-    return torch.from_numpy(images)
+    return images
 
 
 def write(root: Path, pixels: Tensor, classes: Sequence[str]) -> None:

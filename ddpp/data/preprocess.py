@@ -8,15 +8,15 @@ A transform is a table of tensors, so that it can be saved with images and used 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ddpp import runs
+from ddpp.data.base import cache_folder
 from ddpp.errors import UserError
 
 Transform = dict[str, Tensor]
@@ -25,7 +25,10 @@ ZCA_EPSILON = 0.1  # the field's choice, added to the eigenvalues of images in [
 ZCA_LARGEST = 3 * 64 * 64  # values of an image; the matrices of larger ones take gigabytes
 ZCA_SLOW = 2 * 3 * 32 * 32  # values from which on it takes a minute or more
 
+FEW = 2**26  # values, as float32 256 MiB
+
 _CHUNK = 1024  # images
+_NUMBERS = 256  # that a pixel may be
 _SILENT = 5  # seconds that need no bar
 _CONSTANT = 1e-9  # a channel that deviates less differs by rounding alone
 
@@ -48,26 +51,81 @@ def to_pixels_from(transform: Transform, images: Tensor) -> Tensor:
     return (images * std + mean).clamp(0, 1)
 
 
-def apply(transform: Transform, images: Tensor, white: int) -> Tensor:
-    """:func:`from_pixels` of whole numbers, of which ``white`` stands for 1. [N, C, H, W] float32"""
+@dataclass(frozen=True)
+class Images:
+    """Images kept as small as they were read, of which an index or a part gives what networks are trained on.
+
+    Whole numbers take a quarter of the memory of float32, and none where they lie in a file that the system maps.
+
+    Attributes:
+        stored: whole numbers as read, or float32. [M, C, H, W]
+        rows: which of ``stored`` these are, in order; without, all. [N] int64
+        transform: normalises each channel of whole numbers that are asked for; without, they are given as stored.
+        white: the whole number that stands for 1.
+    """
+
+    stored: Tensor
+    rows: Tensor | None = None
+    transform: Transform | None = None
+    white: int = 255
+
+    def __len__(self) -> int:
+        return len(self.stored if self.rows is None else self.rows)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([len(self), *self.stored.shape[1:]])
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        """The images at a place, of a slice, at indices, or where a mask says so. [n, C, H, W]"""
+        chosen = self.stored[index if self.rows is None else self.rows[index]]
+        return chosen if self.transform is None else from_pixels(self.transform, chosen.float() / self.white)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """Parts of so many images; where there are none one without images, as of a tensor."""
+        return (self[first : first + size] for first in range(0, max(len(self), 1), size))
+
+    def to(self, device: torch.device) -> Images:
+        """The same on a device."""
+        if self.stored.device == device:
+            return self
+        stored = torch.empty(self.shape, dtype=self.stored.dtype, device=device)
+        for place, part in zip(stored.split(_CHUNK), replace(self, transform=None).split(_CHUNK), strict=True):
+            place.copy_(part)
+        transform = self.transform and {name: t.to(device) for name, t in self.transform.items()}
+        return Images(stored, None, transform, self.white)
+
+
+def transformed(transform: Transform, images: Images) -> Images:
+    """:func:`from_pixels` of whole numbers: at once if whitened, which is slow, or few; else when asked for."""
+    if "whiten" not in transform and images.shape.numel() > FEW:
+        return replace(images, transform=transform)
     out = torch.empty(images.shape)
-    parts = zip(out.split(_CHUNK), _chunks(images, white, torch.float32), strict=True)
+    parts = zip(out.split(_CHUNK), images.split(_CHUNK), strict=True)
     with tqdm(total=len(images), desc="preprocess", unit="image", delay=_SILENT) as progress:
-        for part, pixels in parts:
-            part.copy_(from_pixels(transform, pixels))
+        for part, numbers in parts:
+            part.copy_(from_pixels(transform, numbers.float() / images.white))
             progress.update(len(part))
-    return out
+    return Images(out)
 
 
-def fit_channels(images: Tensor, white: int) -> Transform:
-    """Mean and standard deviation of each channel, in units of [0, 1]; a constant channel is only centred."""
-    mean = _mean(chunk.mean((2, 3)) for chunk in _chunks(images, white))
-    centred = (chunk - mean.view(-1, 1, 1) for chunk in _chunks(images, white))
-    std = _mean(chunk.square().mean((2, 3)) for chunk in centred).sqrt()
+def fit_channels(images: Images) -> Transform:
+    """Mean and standard deviation of each channel, in units of [0, 1]; a constant channel is only centred.
+
+    From how often each whole number stands there, which is fast and exact.
+    """
+    counts = torch.zeros(images.shape[1], _NUMBERS, dtype=torch.float64)
+    for part in images.split(_CHUNK):
+        for count, channel in zip(counts, part.unbind(1), strict=True):
+            count += torch.bincount(channel.flatten(), minlength=_NUMBERS)
+    shares = counts / counts.sum(1, keepdim=True)
+    values = torch.arange(_NUMBERS, dtype=torch.float64) / images.white
+    mean = shares @ values
+    std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
     return {"mean": mean.float(), "std": torch.where(std > _CONSTANT, std, 1).float()}
 
 
-def fit_zca(images: Tensor, white: int, key: str) -> Transform:
+def fit_zca(images: Images, key: str) -> Transform:
     """ZCA whitening fitted on images [N, C, H, W], cached under ``key`` in the user's cache folder.
 
     With mean m and covariance U diag(s) U' (over N - 1) of images in [0, 1]:
@@ -76,7 +134,7 @@ def fit_zca(images: Tensor, white: int, key: str) -> Transform:
     Raises:
         UserError: the images are too large.
     """
-    size = images[0].numel()
+    size = images.shape[1:].numel()
     if size > ZCA_LARGEST:
         raise UserError(f"--zca needs images of at most {ZCA_LARGEST} values, got {size}. Lower --image-size.")
     path = cache_folder() / f"zca-{key[:32]}.safetensors"
@@ -85,23 +143,19 @@ def fit_zca(images: Tensor, white: int, key: str) -> Transform:
     except UserError:
         if size >= ZCA_SLOW:
             print(f"fitting the whitening of images of {size} values: minutes, once, then kept in {path}", flush=True)
-        transform = _fit_zca(images, white)
+        transform = _fit_zca(images)
     try:
         runs.write_tensors(path, transform, {})
-    except UserError as e:
+    except runs.Unwritable as e:
         print(f"the whitening was not cached: {e}")
     return transform
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpp"
-
-
-def _fit_zca(images: Tensor, white: int) -> Transform:
-    mean = _mean(chunk.flatten(1) for chunk in _chunks(images, white))
+def _fit_zca(images: Images) -> Transform:
+    mean = torch.stack([part.sum(0) for part in _flat(images)]).sum(0) / len(images)
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-    for chunk in _chunks(images, white):
-        centred = chunk.flatten(1) - mean
+    for part in _flat(images):
+        centred = part - mean
         covariance.addmm_(centred.T, centred)
     values, vectors = torch.linalg.eigh(covariance / max(len(images) - 1, 1))
     scale = (values.clamp_min(0) + ZCA_EPSILON).sqrt()
@@ -112,12 +166,6 @@ def _fit_zca(images: Tensor, white: int) -> Transform:
     }
 
 
-def _mean(rows: Iterable[Tensor]) -> Tensor:
-    """The mean over all rows of all parts [n, ...]."""
-    sums, counts = zip(*((part.sum(0), len(part)) for part in rows), strict=True)
-    return torch.stack(sums).sum(0) / sum(counts)
-
-
-def _chunks(images: Tensor, white: int, dtype: torch.dtype = torch.float64) -> Iterator[Tensor]:
-    """Images [N, C, H, W] in [0, 1], a part at a time, to need no second data set of floats."""
-    return (chunk.to(dtype) / white for chunk in images.split(_CHUNK))
+def _flat(images: Images) -> Iterator[Tensor]:
+    """Images in [0, 1], a part at a time, to need no second data set of floats. Each [n, D] float64"""
+    return (part.double().flatten(1) / images.white for part in images.split(_CHUNK))

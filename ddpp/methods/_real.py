@@ -25,7 +25,8 @@ class ByClass:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self._images, self._classes = problem.dataset.train_images.to(problem.device), len(problem.dataset.classes)
+        self._device, self._classes = problem.device, len(problem.dataset.classes)
+        self._images = problem.dataset.train_images.to(problem.device)
         self._members = self._where(problem.dataset.train_labels)
         self._labels: Tensor | None = None
         self._places: list[Tensor] = []
@@ -34,7 +35,7 @@ class ByClass:
         """At most ``count`` real images of a class. [n, C, H, W]"""
         members = self._members[label]
         chosen = members[torch.randperm(len(members), generator=draw)[:count]]
-        return self._images[send(chosen, self._images.device)]
+        return self._images[send(chosen, self._device)]
 
     def places(self, labels: Tensor) -> list[Tensor]:
         """Where the images of each class stand among those labelled so; found once for labels that stay. K of [n]"""

@@ -114,6 +114,7 @@ def accuracy_of_krr(network: WideNetwork, trained_on: Synthetic, dataset: Datase
     """Share of test images that kernel ridge regression on a synthetic set labels right, in percent."""
     held = trained_on.images
     coefficients = fit(network.ntk(held, held), targets(trained_on.labels, len(dataset.classes)), ridge)
-    parts = tqdm(dataset.test_images.split(_AT_ONCE), desc="test by regression", unit="batch", delay=_SILENT)
+    parts, count = dataset.test_images.split(_AT_ONCE), -(-len(dataset.test_labels) // _AT_ONCE)
+    parts = tqdm(parts, desc="test by regression", total=count, unit="batch", delay=_SILENT)
     answers = [(network.ntk(part.to(held.device), held) @ coefficients).argmax(1).cpu() for part in parts]
     return 100 * float((torch.cat(answers) == dataset.test_labels).double().mean())
