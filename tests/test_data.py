@@ -18,6 +18,7 @@ import torch
 from ddpp import data, seeds
 from ddpp.config import DataConfig
 from ddpp.data import pictures, policies, preprocess
+from ddpp.data.base import Raw
 from ddpp.data.split import stratified
 from ddpp.errors import UserError
 
@@ -263,6 +264,34 @@ def test_a_large_data_set_takes_no_memory_for_what_is_held_out_nor_for_floats(mo
     assert many.fingerprint == few.fingerprint
     for part in ("train_images", "val_images", "test_images"):
         assert torch.equal(getattr(many, part)[:], getattr(few, part)[:])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"train_images": torch.zeros(4, 1, 8, 8)}, r"training images torch.float32 \[4, 1, 8, 8\], but .* uint8"),
+        ({"test_images": torch.zeros(4, 8, 8, dtype=torch.uint8)}, r"test images torch.uint8 \[4, 8, 8\]"),
+        ({"test_images": torch.zeros(4, 1, 8, 6, dtype=torch.uint8)}, r"\[4, 1, 8, 6\], but .* \[N, C, H, H\]"),
+        ({"train_labels": torch.tensor([0.0, 1, 0, 1])}, r"training labels torch.float32 \[4\] of 4 images"),
+        ({"test_labels": torch.tensor([0, 1, 0])}, r"test labels torch.int64 \[3\] of 4 images, but .* one each"),
+        (
+            {"train_labels": torch.tensor([1, 2, 1, 2])},
+            r"labels from 1 to 2, but .* number the 2 classes from 0",
+        ),
+        ({"train_labels": torch.tensor([-1, 1, 0, 1])}, r"labels from -1 to 1"),
+        ({"test_labels": torch.tensor([0, 0, 0, 0])}, r"mine has no test image of class dog"),
+    ],
+)
+def test_a_reader_of_ones_own_is_told_what_it_gets_wrong(
+    wrong: dict[str, torch.Tensor], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    right = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    monkeypatch.setitem(
+        data.DATASETS._entries, "mine", lambda _: Raw("mine", ("cat", "dog"), **(right | wrong), strategy="crop")
+    )
+    with pytest.raises(UserError, match=message):
+        data.load(DataConfig(dataset="mine"))
 
 
 @pytest.fixture

@@ -137,11 +137,25 @@ def _check(raw: Raw) -> None:
     """What every source must give."""
     if len(raw.classes) < 2:
         raise UserError(f"{raw.name} has {len(raw.classes)} class, but classification needs two or more")
-    for part, labels in (("training", raw.train_labels), ("test", raw.test_labels)):
+    train, test = (raw.train_images, raw.train_labels), (raw.test_images, raw.test_labels)
+    for part, images, labels in (("training", *train), ("test", *test)):
+        _check_part(f"{raw.name}'s reader gives {part}", images, labels, len(raw.classes))
         counts = torch.bincount(labels, minlength=len(raw.classes)).tolist()
         empty = [name for name, count in zip(raw.classes, counts, strict=True) if count == 0]
         if empty:
             raise UserError(f"{raw.name} has no {part} image of class {', '.join(empty[:5])}. Add some.")
+
+
+def _check_part(what: str, images: Tensor, labels: Tensor, classes: int) -> None:
+    """What a reader of one's own may get wrong."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
+        raise UserError(f"{what} images {images.dtype} {list(images.shape)}, but they must be uint8 [N, C, H, H]")
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        found = f"{what} labels {labels.dtype} {list(labels.shape)} of {len(images)} images"
+        raise UserError(f"{found}, but they must be int64, one each")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        ends = f"{int(labels.min())} to {int(labels.max())}"
+        raise UserError(f"{what} labels from {ends}, but they must number the {classes} classes from 0")
 
 
 def _fingerprint(preprocessing: str, white: int, tensors: list[Images | Tensor]) -> str:
