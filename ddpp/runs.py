@@ -66,6 +66,12 @@ def replacing(path: Path) -> Iterator[Path]:
             os.unlink(name)
 
 
+def remove_partial(path: Path) -> None:
+    """Removes what a process that was killed has left of a file. No other may be writing it."""
+    for left in path.parent.glob(f"{TEMPORARY}{path.stem}-*"):
+        left.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Whether this process alone holds ``path``, a lock, within the block; with ``wait`` it waits until it does.

@@ -211,8 +211,7 @@ class Begun:
             _check_begun(self.folder, runs.read_json(about), self.meta)
         else:
             runs.write_json(about, self.meta)
-        for path in folder.glob(f"{runs.TEMPORARY}{Path(file_name(index)).stem}-*"):
-            path.unlink()
+        runs.remove_partial(folder / file_name(index))
         for path in sorted(self.folder.glob("rows-*.safetensors")):
             self._take(path)
         self._kept, self._when = len(self.snapshots), time.monotonic()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpp import data, seeds
+from ddpp import data, runs, seeds
 from ddpp.config import DataConfig
 from ddpp.data import pictures, policies, preprocess
 from ddpp.data.base import Raw
@@ -324,9 +324,12 @@ def test_images_that_changed_are_decoded_again(kept: Path, cache: Path) -> None:
     torch.testing.assert_close(after.to_pixels(after.test_images[:])[3], torch.full((3, 6, 6), 200 / 255))
     assert after.fingerprint != before.fingerprint
     newest = max(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    left_by_a_killed_process = newest.with_name(f"{runs.TEMPORARY}{newest.stem}-xyz.npy")
+    left_by_a_killed_process.write_text("")
     for damaged in (newest.read_bytes()[:-10], b""):
         newest.write_bytes(damaged)
         assert read(kept).fingerprint == after.fingerprint
+    assert len(list(cache.iterdir())) == 2
 
 
 @needs_torchvision
@@ -339,6 +342,23 @@ def test_a_damaged_image_among_many_leaves_nothing(kept: Path, cache: Path) -> N
     with pytest.raises(UserError, match=r"cannot read the image .*dog/3\.png"):
         read(kept)
     assert not list(cache.iterdir())
+
+
+@needs_torchvision
+def test_reading_that_is_interrupted_ends_at_once(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, begun, read_one = str(tree / "train" / "dog" / "3.png"), [], pictures._read
+
+    def interrupted(*args: Any) -> Any:
+        begun.append(args)
+        if len(begun) == 20:
+            raise KeyboardInterrupt
+        return read_one(*args)
+
+    monkeypatch.setattr(pictures, "_read", interrupted)
+    monkeypatch.setattr(pictures, "_CHUNK", 1)
+    with pytest.raises(KeyboardInterrupt):
+        pictures.decode([path] * 1999)
+    assert len(begun) < 1000
 
 
 @needs_torchvision

@@ -70,6 +70,7 @@ def _decode_and_keep(paths: Sequence[str], image_size: int | None, path: Path) -
     with runs.claimed(path.with_suffix(".lock"), wait=True):
         found = _kept(path)
         if found is None:
+            runs.remove_partial(path)
             with runs.replacing(path) as temporary:
                 _decode(paths, image_size, partial(_file, temporary)).flush()
                 found = _mapped(temporary)
@@ -121,14 +122,13 @@ def _decode(paths: Sequence[str], image_size: int | None, room: Room) -> Any:
             images[i] = image.transpose(2, 0, 1)
         return len(chunk)
 
-    progress = tqdm(total=len(paths), desc="read images", unit="image", disable=len(paths) < _MANY)
-    with ThreadPoolExecutor() as pool, progress:
+    pool = ThreadPoolExecutor()
+    with tqdm(total=len(paths), desc="read images", unit="image", disable=len(paths) < _MANY) as progress:
         try:
             for count in pool.map(decode_chunk, range(0, len(paths), _CHUNK)):
                 progress.update(count)
-        except UserError:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
     return images
 
 

@@ -87,7 +87,8 @@ class Images:
 
     def to(self, device: torch.device) -> Images:
         """The same on a device."""
-        if self.stored.device == device:
+        there = self.stored.device
+        if device.type == there.type and device.index in (None, there.index):
             return self
         stored = torch.empty(self.shape, dtype=self.stored.dtype, device=device)
         for place, part in zip(stored.split(_CHUNK), replace(self, transform=None).split(_CHUNK), strict=True):
