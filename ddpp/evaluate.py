@@ -263,30 +263,31 @@ def compare(
     return results
 
 
-def _images_trained_on(config: Config, dataset: Dataset, candidates: list[tuple[int, Synthetic]]) -> int:
+def _images_trained_on(config: Config, dataset: Dataset, candidates: list[Path]) -> int:
     """By all networks of one architecture, unless a searched rate is searched again."""
     settings = config.evaluate
     kinds = 1 if config.distill.method == "random" else 2
     sets = len(candidates) + 1 + 2 * settings.search_lr + kinds * len(settings.augmentations)
-    few = settings.epochs * len(candidates[-1][1].images)
+    few = settings.epochs * len(_loaded(candidates[-1])[1].images)
     tried = settings.search_lr * len(RATES) * few
     return settings.networks * (sets * few + settings.full_epochs * len(dataset.train_labels)) + tried
 
 
-def _table(evaluation: Evaluation, model: str, candidates: list[tuple[int, Synthetic]]) -> dict[str, Any]:
+def _table(evaluation: Evaluation, model: str, candidates: list[Path]) -> dict[str, Any]:
     """The figures of one architecture by condition."""
     settings, ipc = evaluation.config.evaluate, evaluation.config.distill.ipc
     method = evaluation.config.distill.method
     table: dict[str, Any] = {}
-    tried = [evaluation.distilled(model, held, evaluation.recipe(held)) for _, held in candidates]
+    sets = (_loaded(path)[1] for path in candidates)  # one at a time: they may be large
+    tried = [evaluation.distilled(model, held, evaluation.recipe(held)) for held in sets]
 
     def entry(index: int) -> dict[str, Any]:
-        step, held = candidates[index]
+        step, held = _loaded(candidates[index])
         return {**_summary(tried[index]), "step": step, "lr": evaluation.recipe(held).lr}
 
     best = {part: max(range(len(tried)), key=lambda i: _mean(tried[i], part)) for part in ("val", "test")}
     best["final"] = best["all"] = len(tried) - 1
-    chosen = candidates[best[settings.select]][1]
+    _, chosen = _loaded(candidates[best[settings.select]])
     learned = evaluation.recipe(chosen)
     table["random"] = _summary(evaluation.random(model, ipc, learned))
     if method != "random":  # the spread of random images is that of the draw, not that of networks on one draw
@@ -337,15 +338,20 @@ def _mean(tested: list[Scores], part: str) -> float:
     return statistics.fmean(s.val if part == "val" and s.val is not None else s.test for s in tested)
 
 
-def _candidates(folder: Path, select: str) -> list[tuple[int, Synthetic]]:
-    """The snapshots to choose from behind their steps, the last one last; the result alone if nothing is selected."""
-    result, meta = synthetic.load(folder / "synthetic.safetensors")
+def _candidates(folder: Path, select: str) -> list[Path]:
+    """The snapshots to choose from, the last one last; the result alone if nothing is selected."""
     if select == "final":
-        return [(int(meta["steps"]), result)]
-    loaded = [synthetic.load(path) for path in sorted((folder / "snapshots").glob("step-*.safetensors"))]
-    if not loaded:
+        return [folder / "synthetic.safetensors"]
+    found = sorted((folder / "snapshots").glob("step-*.safetensors"))
+    if not found:
         raise UserError(f"--select {select} needs snapshots, and {folder}/snapshots holds none")
-    return [(int(found["step"]), candidate) for candidate, found in loaded]
+    return found
+
+
+def _loaded(path: Path) -> tuple[int, Synthetic]:
+    """The outer step of a snapshot or of a result, and the set."""
+    held, meta = synthetic.load(path)
+    return int(meta["step"] if "step" in meta else meta["steps"]), held
 
 
 def _summary(tested: list[Scores]) -> dict[str, Any]:

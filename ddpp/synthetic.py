@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpp import runs, seeds
-from ddpp.data import Dataset, Images, Transform
+from ddpp.data import Dataset, Transform
 from ddpp.errors import UserError
 from ddpp.models import flat
 from ddpp.trajectories import Trajectory
@@ -128,11 +128,13 @@ def start_from_teachers(
         images = _correct_images(first, dataset, network, ends, seed)
     if labels != "soft":
         return replace(first, images=images)
-    answers = torch.stack([_answers(network, end, images) for end in ends])  # [T, N, K]
-    right = answers.argmax(2) == first.labels  # [T, N]
-    weights = torch.where(right.any(0), right, True).to(answers.dtype)
-    logits = (answers * weights[..., None]).sum(0) / weights.sum(0)[:, None]
-    return replace(first, images=images, labels=logits)
+    of_all, of_right = torch.zeros(2, len(images), len(dataset.classes), device=images.device)
+    count = torch.zeros(len(images), 1, device=images.device)
+    for end in ends:
+        answers = _answers(network, end, images)
+        right = (answers.argmax(1) == first.labels)[:, None]
+        of_all, of_right, count = of_all + answers, of_right + answers * right, count + right
+    return replace(first, images=images, labels=torch.where(count > 0, of_right / count, of_all / len(ends)))
 
 
 def _correct_images(first: Synthetic, dataset: Dataset, network: nn.Module, ends: list[Tensor], seed: int) -> Tensor:
@@ -142,7 +144,9 @@ def _correct_images(first: Synthetic, dataset: Dataset, network: nn.Module, ends
     for end in ends:
         if all(len(of_class) == ipc for of_class in chosen):
             break
-        right = _answers(network, end, dataset.train_images).argmax(1).cpu() == dataset.train_labels
+        parts = dataset.train_images.split(_AT_ONCE)
+        answers = torch.cat([_answers(network, end, part).argmax(1).cpu() for part in parts])
+        right = answers == dataset.train_labels
         for label, of_class in enumerate(chosen):
             members = torch.nonzero(right & (dataset.train_labels == label)).flatten()
             order = torch.randperm(len(members), generator=seeds.generator(seed, "correct", label))
@@ -157,7 +161,7 @@ def _correct_images(first: Synthetic, dataset: Dataset, network: nn.Module, ends
     return dataset.train_images[torch.tensor(chosen).flatten()].to(device)
 
 
-def _answers(network: nn.Module, parameters: Tensor, images: Tensor | Images) -> Tensor:
+def _answers(network: nn.Module, parameters: Tensor, images: Tensor) -> Tensor:
     """Logits. [N, K]"""
     parts = [flat.call(network, parameters, part.to(parameters.device)) for part in images.split(_AT_ONCE)]
     return torch.cat(parts)

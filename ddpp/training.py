@@ -1,4 +1,4 @@
-"""Training and testing of networks on images held in memory; teachers and evaluation share it."""
+"""Training and testing of networks on images; teachers and evaluation share it."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
 """Data sets: reading, splitting, normalising, whitening, and what bad input gets."""
 
 import errno
+import gc
 import os
 import pickle
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,6 +195,12 @@ def test_a_long_fit_is_said_once(cache: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out == "" and len(list(cache.iterdir())) == 2
 
 
+def test_whitened_images_that_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1024, "SC_PHYS_PAGES": 256}.get)
+    with pytest.raises(UserError, match=r"--zca keeps whitened images in memory, 0.0 GiB for 1295 images of 64 values"):
+        data.load(DataConfig(zca=True))
+
+
 def test_images_too_large_to_whiten() -> None:
     with pytest.raises(UserError, match="--zca needs images of at most 12288 values, got 49152"):
         preprocess.fit_zca(preprocess.Images(torch.zeros(1, 3, 128, 128, dtype=torch.uint8)), "key")
@@ -253,6 +261,24 @@ def test_images_are_those_of_a_tensor_and_stay_whole_numbers() -> None:
             assert torch.equal(mine, theirs)
     (none,) = preprocess.Images(stored, rows[:0]).split(10)
     assert none.shape == (0, 2, 3, 3)
+
+
+def test_images_that_are_on_a_device_are_not_copied_there_again() -> None:
+    images = preprocess.Images(torch.zeros(5, 1, 2, 2, dtype=torch.uint8))
+    assert images.to("cpu") is images
+    there = images.to("meta")
+    assert there.stored.device.type == "meta" and images.to(torch.device("meta")) is there is there.to("meta")
+    freed = weakref.ref(there)
+    del there
+    gc.collect()
+    assert freed() is None
+
+
+def test_images_are_chosen_by_one_index() -> None:
+    """A second one would be of channels before they are normalised."""
+    images = data.load(DataConfig()).train_images
+    with pytest.raises(TypeError, match="chosen by one index"):
+        images[0, 0]  # type: ignore[index]
 
 
 def test_a_large_data_set_takes_no_memory_for_what_is_held_out_nor_for_floats(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Data sets: one file and one registration a source; :func:`load` gives tensors ready for training."""
+"""Data sets: one file and one registration a source; :func:`load` gives images and labels ready for training."""
 
 from __future__ import annotations
 

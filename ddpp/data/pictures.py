@@ -23,6 +23,7 @@ from ddpp.errors import UserError
 
 _CHUNK = 256  # files that a thread decodes in a row
 _MANY = 2000  # files from which on progress is shown, and pixels are kept
+_FORMAT = 1  # another one for pixels that are decoded otherwise
 _GREY = ("1", "L", "LA")
 
 Room = Callable[[tuple[int, ...]], NDArray[np.uint8]]  # from a shape to memory
@@ -50,8 +51,8 @@ def decode(paths: Sequence[str], image_size: int | None = None) -> Tensor:
 
 
 def _key(paths: Sequence[str], image_size: int | None) -> str:
-    """Changes when a file does."""
-    digest = hashlib.sha256(repr(image_size).encode())
+    """Changes when a file does, or :data:`_FORMAT`."""
+    digest = hashlib.sha256(repr((_FORMAT, image_size)).encode())
     for path in paths:
         digest.update(f"{os.path.abspath(path)}\0{_stamp(path)}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()[:32]
@@ -98,8 +99,9 @@ def _memory(shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 def _file(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    with open(path, "r+b") as file:  # a disk that is full says so here, and kills no process later
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    if hasattr(os, "posix_fallocate"):  # a disk that is full says so here, and kills no process later
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return images
 
 

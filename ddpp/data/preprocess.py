@@ -8,8 +8,10 @@ A transform is a table of tensors, so that it can be saved with images and used 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -39,7 +41,7 @@ def from_pixels(transform: Transform, pixels: Tensor) -> Tensor:
         flat = pixels.flatten(1) - transform["mean"].to(pixels)
         return (flat @ transform["whiten"].to(pixels)).view_as(pixels)
     mean, std = (transform[name].to(pixels).view(-1, 1, 1) for name in ("mean", "std"))
-    return (pixels - mean) / std
+    return (pixels - mean).div_(std)
 
 
 def to_pixels_from(transform: Transform, images: Tensor) -> Tensor:
@@ -68,6 +70,9 @@ class Images:
     rows: Tensor | None = None
     transform: Transform | None = None
     white: int = 255
+    _elsewhere: WeakValueDictionary[str, Images] = field(
+        default_factory=WeakValueDictionary, init=False, repr=False, compare=False
+    )
 
     def __len__(self) -> int:
         return len(self.stored if self.rows is None else self.rows)
@@ -78,23 +83,38 @@ class Images:
 
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
         """The images at a place, of a slice, at indices, or where a mask says so. [n, C, H, W]"""
-        chosen = self.stored[index if self.rows is None else self.rows[index]]
+        if isinstance(index, tuple):
+            raise TypeError("images are chosen by one index; choose among their values afterwards: images[i][:, 0]")
+        chosen = _rows(self.stored, index if self.rows is None else _rows(self.rows, index))
         return chosen if self.transform is None else from_pixels(self.transform, chosen.float() / self.white)
 
     def split(self, size: int) -> Iterator[Tensor]:
         """Parts of so many images; where there are none one without images, as of a tensor."""
         return (self[first : first + size] for first in range(0, max(len(self), 1), size))
 
-    def to(self, device: torch.device) -> Images:
-        """The same on a device."""
-        there = self.stored.device
+    def to(self, device: torch.device | str) -> Images:
+        """The same on a device; those that somebody still has there are given to others too."""
+        device, there = torch.device(device), self.stored.device
         if device.type == there.type and device.index in (None, there.index):
             return self
+        found = self._elsewhere.get(str(device))
+        if found is None:
+            found = self._elsewhere[str(device)] = self._copied(device)
+        return found
+
+    def _copied(self, device: torch.device) -> Images:
         stored = torch.empty(self.shape, dtype=self.stored.dtype, device=device)
         for place, part in zip(stored.split(_CHUNK), replace(self, transform=None).split(_CHUNK), strict=True):
             place.copy_(part)
         transform = self.transform and {name: t.to(device) for name, t in self.transform.items()}
         return Images(stored, None, transform, self.white)
+
+
+def _rows(values: Tensor, index: int | slice | Tensor) -> Tensor:
+    """``values[index]``, several times as fast for whole numbers at indices."""
+    if isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim == 1:
+        return values.index_select(0, index)
+    return values[index]
 
 
 def transformed(transform: Transform, images: Images) -> Images:
@@ -138,6 +158,10 @@ def fit_zca(images: Images, key: str) -> Transform:
     size = images.shape[1:].numel()
     if size > ZCA_LARGEST:
         raise UserError(f"--zca needs images of at most {ZCA_LARGEST} values, got {size}. Lower --image-size.")
+    needed, there = 4 * images.shape.numel(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        sizes = f"{needed / 2**30:.1f} GiB for {len(images)} images of {size} values, and there are {there / 2**30:.1f}"
+        raise UserError(f"--zca keeps whitened images in memory, {sizes}. Lower --image-size, or leave --zca out.")
     path = cache_folder() / f"zca-{key[:32]}.safetensors"
     try:
         return runs.read_tensors(path, "cached whitening")[0]

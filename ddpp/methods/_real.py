@@ -79,9 +79,9 @@ def trained_network(problem: Problem, on_epoch: Callable[[Network], None] | None
 
 
 @torch.no_grad()
-def embeddings(network: Network, problem: Problem) -> Tensor:
-    """What the classifier sees of each real training image, on the CPU. [N, F]"""
-    parts = problem.dataset.train_images.split(_AT_ONCE)
+def embeddings(network: Network, problem: Problem, members: Tensor) -> Tensor:
+    """What the classifier sees of some of the real training images, on the CPU. [n, F]"""
+    parts = (problem.dataset.train_images[part] for part in members.split(_AT_ONCE))
     return torch.cat([network.embed(part.to(problem.device)).cpu() for part in parts])
 
 

@@ -15,6 +15,7 @@ from ddpp.models import flat
 from ddpp.synthetic import Synthetic
 
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.SiLU)
+_AT_ONCE = 500  # images
 _WINDOW = 3  # outer steps over which a network must still have changed
 
 
@@ -108,7 +109,9 @@ class CAFE(DC):
 
     @torch.no_grad()
     def _accuracy(self, theta: Tensor, images: Tensor, labels: Tensor) -> float:
-        return float((flat.call(self.problem.network, theta, images).argmax(1) == labels).float().mean())
+        parts = images.split(_AT_ONCE)
+        answers = torch.cat([flat.call(self.problem.network, theta, part).argmax(1) for part in parts])
+        return float((answers == labels).float().mean())
 
 
 def _settled(history: Tensor, change: float) -> bool:

@@ -50,17 +50,17 @@ class DM:
             generator=draw,
         )
         plans = send(drawn, problem.device)
-        images = synthetic.images.detach().requires_grad_()
-        loss = images.new_zeros(())
+        loss, gradient = synthetic.step_size.new_zeros(()), torch.zeros_like(synthetic.images)
         for label, mine in enumerate(self.by_class.places(synthetic.labels)):
             with torch.no_grad():
                 real = self.by_class.draw(label, problem.config.distill.real_batch, draw)
                 theirs = self._mean(network, real, plans[label])
-            learned = self._mean(network, images[mine], plans[label])
-            loss = loss + (learned - theirs).square().sum()
-        (gradient,) = torch.autograd.grad(loss, images)
+            images = synthetic.images[mine].detach().requires_grad_()
+            distance = (self._mean(network, images, plans[label]) - theirs).square().sum()
+            (gradient[mine],) = torch.autograd.grad(distance, images)  # class by class: a graph of all takes gigabytes
+            loss = loss + distance.detach()
         everything = torch.ones((), device=loss.device)
-        return Update(loss.detach(), gradient, torch.zeros_like(synthetic.step_size), everything, {})
+        return Update(loss, gradient, torch.zeros_like(synthetic.step_size), everything, {})
 
     def _mean(self, network: models.Network, images: Tensor, plan: Tensor) -> Tensor:
         """Mean embedding of images [n, C, H, W] under one row of a plan [1, 16]. [F]"""

@@ -26,9 +26,8 @@ class KCenter:
         self.problem = problem
 
     def choose(self) -> Synthetic:
-        found = embeddings(trained_network(self.problem), self.problem)
-        ipc = self.problem.config.distill.ipc
-        return choose_by_class(self.problem, lambda members: centers(found[members], ipc))
+        network, ipc = trained_network(self.problem), self.problem.config.distill.ipc
+        return choose_by_class(self.problem, lambda members: centers(embeddings(network, self.problem, members), ipc))
 
 
 def centers(embeddings: Tensor, count: int) -> Tensor:
