@@ -44,7 +44,7 @@ def _draw_images(folder: Path) -> None:
     starts = sorted((folder / "snapshots").glob("step-*.safetensors"))[:1]  # none where they were cleared away
     shown = [*(("start", synthetic.load(path)[0].images) for path in starts), ("result", held.images)]
     names = meta["classes"][:COLUMNS]
-    panels = [(title, _canvas(data.to_pixels_from(transform, x), len(meta["classes"]))) for title, x in shown]
+    panels = [(title, _canvas(x, transform, len(meta["classes"]))) for title, x in shown]
     height, width = panels[0][1].shape[:2]
     size = 10.0, len(panels) * 10.0 * height / width + 0.8  # inches
     figure, axes = plt.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False)
@@ -60,10 +60,11 @@ def _draw_images(folder: Path) -> None:
     _save(figure, folder / "images.png")
 
 
-def _canvas(pixels: Tensor, classes: int) -> NDArray[np.float32]:
-    """Images [classes * ipc, C, H, W] in [0, 1], class by class, as one picture [height, width, 3] of limited size."""
-    ipc, (channels, height, width) = len(pixels) // classes, pixels.shape[1:]
-    grid = pixels.reshape(classes, ipc, channels, height, width)[:COLUMNS, :ROWS].clamp(0, 1)
+def _canvas(images: Tensor, transform: data.Transform, classes: int) -> NDArray[np.float32]:
+    """Images [classes * ipc, C, H, W], class by class, as one picture [height, width, 3] of limited size."""
+    ipc, (channels, height, width) = len(images) // classes, images.shape[1:]
+    chosen = images.reshape(classes, ipc, channels, height, width)[:COLUMNS, :ROWS]
+    grid = data.to_pixels_from(transform, chosen.flatten(0, 1)).view_as(chosen)
     grid = grid.expand(-1, -1, 3, -1, -1) if channels == 1 else grid[:, :, :3]
     framed = np.ones((*grid.shape[:3], height + 2, width + 2), np.float32)
     framed[..., 1:-1, 1:-1] = grid.cpu().numpy()

@@ -144,7 +144,7 @@ def _correct_images(first: Synthetic, dataset: Dataset, network: nn.Module, ends
     for end in ends:
         if all(len(of_class) == ipc for of_class in chosen):
             break
-        parts = dataset.train_images.split(_AT_ONCE)
+        parts = dataset.train_images.to(device).split(_AT_ONCE)
         answers = torch.cat([_answers(network, end, part).argmax(1).cpu() for part in parts])
         right = answers == dataset.train_labels
         for label, of_class in enumerate(chosen):

@@ -78,18 +78,23 @@ def trained_network(problem: Problem, on_epoch: Callable[[Network], None] | None
     return network
 
 
-@torch.no_grad()
-def embeddings(network: Network, problem: Problem, members: Tensor) -> Tensor:
-    """What the classifier sees of some of the real training images, on the CPU. [n, F]"""
-    parts = (problem.dataset.train_images[part] for part in members.split(_AT_ONCE))
-    return torch.cat([network.embed(part.to(problem.device)).cpu() for part in parts])
+def embedder(network: Network, problem: Problem) -> Callable[[Tensor], Tensor]:
+    """From indices of real training images [n] to what the classifier sees of them, on the CPU [n, F]."""
+    images = problem.dataset.train_images.to(problem.device)
+
+    @torch.no_grad()
+    def embedded(members: Tensor) -> Tensor:
+        parts = members.to(problem.device).split(_AT_ONCE)
+        return torch.cat([network.embed(images[part]).cpu() for part in parts])
+
+    return embedded
 
 
 @torch.no_grad()
 def right(network: Network, problem: Problem) -> Tensor:
     """Which real training images the network classifies right, on the CPU. [N] bool"""
-    parts = problem.dataset.train_images.split(_AT_ONCE)
-    answers = torch.cat([network(part.to(problem.device)).argmax(1).cpu() for part in parts])
+    parts = problem.dataset.train_images.to(problem.device).split(_AT_ONCE)
+    answers = torch.cat([network(part).argmax(1).cpu() for part in parts])
     return answers == problem.dataset.train_labels
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddpp.config import Config
 from ddpp.methods import METHODS, Problem
-from ddpp.methods._real import choose_by_class, embeddings, trained_network
+from ddpp.methods._real import choose_by_class, embedder, trained_network
 from ddpp.synthetic import Synthetic
 
 
@@ -26,8 +26,8 @@ class KCenter:
         self.problem = problem
 
     def choose(self) -> Synthetic:
-        network, ipc = trained_network(self.problem), self.problem.config.distill.ipc
-        return choose_by_class(self.problem, lambda members: centers(embeddings(network, self.problem, members), ipc))
+        embedded, ipc = embedder(trained_network(self.problem), self.problem), self.problem.config.distill.ipc
+        return choose_by_class(self.problem, lambda members: centers(embedded(members), ipc))
 
 
 def centers(embeddings: Tensor, count: int) -> Tensor:
