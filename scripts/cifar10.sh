@@ -6,23 +6,25 @@
 #     scripts/cifar10.sh DATA_ROOT OUT [options of ddpp.distill for both methods, such as --tf32]
 #
 # DATA_ROOT holds train/<class>/ and test/<class>/. IPC=10 in the environment takes another preset, whose start epochs ask for
-# longer teachers: IPC=10 scripts/cifar10.sh DATA_ROOT OUT --teachers-epochs 30
+# longer teachers: IPC=10 scripts/cifar10.sh DATA_ROOT OUT --teachers-epochs 30. Kernels that are not compiled yet are, in place.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 2; }
 data=$(realpath "$1") out=$(realpath -m "$2")
 shift 2
 cd "$(dirname "$0")/.."
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PATH=$PATH:/usr/local/cuda/bin
+python=$(command -v python3 || command -v python) || { echo "cifar10.sh: there is no Python on PATH"; exit 2; }
+ls ddpp/_cpu.*so > /dev/null 2>&1 || "$python" setup.py build_ext --inplace > /dev/null
 
 for method in ddpp mtt; do
   run=$out/$method resume=
   [ -f "$run/results.json" ] && continue
   [ -f "$run/config.toml" ] && resume=--resume
-  python -m ddpp.distill --preset "ddpp-cifar10-ipc${IPC:-1}" --dataset folder --data-root "$data" --method $method \
+  "$python" -m ddpp.distill --preset "ddpp-cifar10-ipc${IPC:-1}" --dataset folder --data-root "$data" --method $method \
     --teachers-count 20 --teachers-epochs 15 --teachers-folder "$out/teachers" --evaluate-full-epochs 0 "$@" --out "$run" $resume
 done
-python -m ddpp.compare --first "$out/mtt" --second "$out/ddpp" --json "$out/difference.json"
-python - "$out" <<'PY'
+"$python" -m ddpp.compare --first "$out/mtt" --second "$out/ddpp" --json "$out/difference.json"
+"$python" - "$out" <<'PY'
 import json, sys
 for method in ("ddpp", "mtt"):
     found = json.load(open(f"{sys.argv[1]}/{method}/results.json"))
