@@ -83,7 +83,8 @@ def test_gradients_equal_a_plain_graph(engine: str, fused: bool, epsilon: float 
 
 @pytest.mark.parametrize("model", models.MODELS.names())
 def test_engines_and_providers_agree_on_every_architecture(model: str) -> None:
-    p = problem(model, size=16, soft=True)
+    # At ten times the rate ResNet18, whose last planes are 2x2, multiplies rounding errors of 1e-16 by 1e8.
+    p = problem(model, size=16, soft=True) | {"lr": torch.tensor(0.003, dtype=torch.float64)}
     wanted = matching_gradients(**p, engine="unrolled")
     for name in ("autograd", "auto"):
         found = matching_gradients(**p, step=provider(p["network"], name))
