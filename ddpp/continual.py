@@ -128,11 +128,12 @@ def _network(
     )
 
 
-def _of_classes(images: Tensor | Images, labels: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def _of_classes(images: Tensor | Images, labels: Tensor, seen: Tensor) -> tuple[Tensor | Images, Tensor]:
     """The images of some classes, labelled by the classes' places in ``seen``."""
     matches = labels[:, None] == seen.to(labels.device)  # [N, classes]
-    inside = matches.any(1)
-    return images[inside], matches[inside].int().argmax(1)
+    inside = torch.nonzero(matches.any(1)).flatten()
+    chosen = images[inside] if isinstance(images, Tensor) else images.take(inside)
+    return chosen, matches[inside].int().argmax(1)
 
 
 def _summary(networks: list[float]) -> dict[str, Any]:

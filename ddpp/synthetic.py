@@ -141,11 +141,11 @@ def _correct_images(first: Synthetic, dataset: Dataset, network: nn.Module, ends
     """[N, C, H, W]"""
     ipc, device = len(first.images) // len(dataset.classes), first.images.device
     chosen: list[list[int]] = [[] for _ in dataset.classes]
+    images = dataset.train_images.to(device)
     for end in ends:
         if all(len(of_class) == ipc for of_class in chosen):
             break
-        parts = dataset.train_images.to(device).split(_AT_ONCE)
-        answers = torch.cat([_answers(network, end, part).argmax(1).cpu() for part in parts])
+        answers = torch.cat([_answers(network, end, part).argmax(1).cpu() for part in images.split(_AT_ONCE)])
         right = answers == dataset.train_labels
         for label, of_class in enumerate(chosen):
             members = torch.nonzero(right & (dataset.train_labels == label)).flatten()

@@ -14,7 +14,10 @@ shift 2
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PATH=$PATH:/usr/local/cuda/bin
 python=$(command -v python3 || command -v python) || { echo "cifar10.sh: there is no Python on PATH"; exit 2; }
-ls ddpp/_cpu.*so > /dev/null 2>&1 || "$python" setup.py build_ext --inplace > /dev/null
+library=_cpu
+command -v nvcc > /dev/null && library=_cuda
+ls ddpp/$library.*so > /dev/null 2>&1 || "$python" setup.py build_ext --inplace > /dev/null ||
+  echo "cifar10.sh: the kernels were not compiled; it goes on in pure PyTorch, which is slower"
 
 for method in ddpp mtt; do
   run=$out/$method resume=

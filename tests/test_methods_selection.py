@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpp import config, data, distill, runs, synthetic
+from ddpp import config, data, distill, models, runs, synthetic
+from ddpp.config import Config, ModelConfig, TeachersConfig
+from ddpp.methods import Problem
+from ddpp.methods._real import embedder, trained_network
 from ddpp.methods.forgetting import forgotten
 from ddpp.methods.herding import herd
 from ddpp.methods.kcenter import centers
@@ -79,6 +82,15 @@ def test_the_whole_job(name: str, tmp_path: Path) -> None:
     assert runs.read_log(tmp_path / "one" / "log.jsonl") == []
     results = json.loads((tmp_path / "one" / "results.json").read_text())
     assert set(results["accuracy"]) == {"random", name, "full"} and results["steps"]["taken"] == 0
+
+
+def test_an_embedding_does_not_depend_on_what_is_embedded_beside_it() -> None:
+    settings = Config(model=ModelConfig(width=8, norm="batch"), teachers=TeachersConfig(epochs=1))
+    dataset = data.load(settings.data)
+    network = models.build(settings.model, dataset.shape, 10, seed=0)
+    problem = Problem(settings, dataset, network, [], (), torch.device("cpu"))
+    embedded = embedder(trained_network(problem), problem)
+    torch.testing.assert_close(embedded(torch.arange(20))[:5], embedded(torch.arange(5)))
 
 
 def test_more_images_than_a_class_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

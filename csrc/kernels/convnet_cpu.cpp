@@ -15,7 +15,8 @@ namespace ddpp {
 namespace DDPP_ISA {
 namespace {
 
-constexpr int64_t kRow = 16;  // values of a row of few: a whole number of registers
+constexpr int64_t kRow = 16;     // values of a row of few: a whole number of registers
+constexpr int64_t kSquare = 16;  // side of what is transposed at once: its lines stay in the L1 cache
 constexpr int64_t kPixels =
     10 * 32 * 32;  // at a time: what a part holds of the first block stays in the caches
 
@@ -64,13 +65,12 @@ void multiply(const T* a, const T* b, int64_t rows, int64_t inner, int64_t colum
                          kThisThread);
 }
 
-// Square by square, each of which stays in the L1 cache.
 template <class T>
 void transpose(const T* from, int64_t rows, int64_t columns, int64_t to_row, T* to) {
-  for (int64_t r0 = 0; r0 < rows; r0 += kRow)
-    for (int64_t c0 = 0; c0 < columns; c0 += kRow)
-      for (int64_t r = r0; r < std::min(r0 + kRow, rows); ++r)
-        for (int64_t c = c0; c < std::min(c0 + kRow, columns); ++c)
+  for (int64_t r0 = 0; r0 < rows; r0 += kSquare)
+    for (int64_t c0 = 0; c0 < columns; c0 += kSquare)
+      for (int64_t r = r0; r < std::min(r0 + kSquare, rows); ++r)
+        for (int64_t c = c0; c < std::min(c0 + kSquare, columns); ++c)
           to[c * to_row + r] = from[r * columns + c];
 }
 

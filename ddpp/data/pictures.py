@@ -34,8 +34,8 @@ def decode(paths: Sequence[str], image_size: int | None = None) -> Tensor:
 
     Palettes become RGB, grey images among coloured ones too, and transparency is dropped. All must be square and of
     one size, unless ``image_size`` is given: then the shorter side is resized to it (bilinear, antialiased) and the
-    centre kept. Many are decoded once: their pixels are kept in the user's cache folder until a file changes, and the
-    tensor is a view of that file, which takes no memory of a process's own and must not be written to.
+    centre kept. Many are decoded once, and again when a file changes: their pixels are kept in the user's cache folder,
+    and the tensor is a view of that file, which takes no memory of a process's own and must not be written to.
 
     Raises:
         UserError: an image cannot be read, has more than 8 bits a channel, or another size. The message names it.

@@ -82,11 +82,15 @@ class Images:
         return torch.Size([len(self), *self.stored.shape[1:]])
 
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
-        """The images at a place, of a slice, at indices, or where a mask says so. [n, C, H, W]"""
+        """The images at a place, of a slice, at indices from 0 on, or where a mask says so. [n, C, H, W]"""
         if isinstance(index, tuple):
             raise TypeError("images are chosen by one index; choose among their values afterwards: images[i][:, 0]")
         chosen = _rows(self.stored, index if self.rows is None else _rows(self.rows, index))
         return chosen if self.transform is None else from_pixels(self.transform, chosen.float() / self.white)
+
+    def take(self, indices: Tensor) -> Images:
+        """Some of them, without looking at them."""
+        return replace(self, rows=indices if self.rows is None else self.rows[indices])
 
     def split(self, size: int) -> Iterator[Tensor]:
         """Parts of so many images; where there are none one without images, as of a tensor."""
@@ -111,7 +115,7 @@ class Images:
 
 
 def _rows(values: Tensor, index: int | slice | Tensor) -> Tensor:
-    """``values[index]``, several times as fast for whole numbers at indices."""
+    """``values[index]``, several times as fast for whole numbers at indices, which are from 0 on."""
     if isinstance(index, Tensor) and index.dtype == torch.int64 and index.ndim == 1:
         return values.index_select(0, index)
     return values[index]
@@ -153,14 +157,14 @@ def fit_zca(images: Images, key: str) -> Transform:
     x -> (x - m) U diag(1 / sqrt(s + 0.1)) U'. The held-out and test images get the same transform.
 
     Raises:
-        UserError: the images are too large.
+        UserError: the images are too large, or too many for the memory.
     """
     size = images.shape[1:].numel()
     if size > ZCA_LARGEST:
         raise UserError(f"--zca needs images of at most {ZCA_LARGEST} values, got {size}. Lower --image-size.")
     needed, there = 4 * images.shape.numel(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        sizes = f"{needed / 2**30:.1f} GiB for {len(images)} images of {size} values, and there are {there / 2**30:.1f}"
+        sizes = f"{needed / 2**30:.1f} GiB of {len(images)} training images, and there are {there / 2**30:.1f}"
         raise UserError(f"--zca keeps whitened images in memory, {sizes}. Lower --image-size, or leave --zca out.")
     path = cache_folder() / f"zca-{key[:32]}.safetensors"
     try:

@@ -75,7 +75,7 @@ def trained_network(problem: Problem, on_epoch: Callable[[Network], None] | None
         )
     if not finite:
         raise UserError(f"the network to select by diverged at --teachers-lr {settings.lr}; lower it")
-    return network
+    return network.eval()
 
 
 def embedder(network: Network, problem: Problem) -> Callable[[Tensor], Tensor]:
