@@ -357,8 +357,8 @@ void weight_transposed(Matrices<const T> transformed, int64_t outputs, int64_t i
 // Rows and registers of the block of c that one pass keeps in registers: 24 of 32, 12 of 16.
 constexpr int kBlockRows = 6, kBlockVectors = DDPP_VECTOR_BYTES == 64 ? 4 : 2;
 // Products in a row that one sum takes before it is added to c: the rounding errors of a sum grow with its
-// length.
-constexpr int64_t kSummed = 24;
+// length. The transforms of larger tiles multiply them, so that those are given shorter sums.
+constexpr int64_t kSummed = 24, kSummedOfLargeTiles = 12;
 constexpr int64_t kInner =
     160;  // of a transposed product: what of b is read again for each block stays in cache
 constexpr int64_t kTaskRows = 192, kTaskColumns = 64;
@@ -370,15 +370,15 @@ struct View {
   int64_t row, column;
 };
 
-template <class T, class V, int rows, int vectors>
+template <class T, class V, int rows, int vectors, int64_t summed>
 DDPP_INLINE void multiply_block(View<const T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
                                 int64_t inner, bool accumulate) {
   constexpr int64_t width = kWidth<V, T>;
   V sum[rows][vectors];
   DDPP_UNROLL_8 for (int r = 0; r < rows; ++r) DDPP_UNROLL_8 for (int j = 0; j < vectors; ++j) sum[r][j] =
       V{};
-  for (int64_t first = 0; first == 0 || first < inner; first += kSummed) {
-    for (int64_t k = first; k < std::min(inner, first + kSummed); ++k) {
+  for (int64_t first = 0; first == 0 || first < inner; first += summed) {
+    for (int64_t k = first; k < std::min(inner, first + summed); ++k) {
       V y[vectors];
       DDPP_UNROLL_8 for (int j = 0; j < vectors; ++j) load(y[j], b + k * b_row + j * width);
       DDPP_UNROLL_8 for (int r = 0; r < rows; ++r) {
@@ -398,7 +398,7 @@ DDPP_INLINE void multiply_block(View<const T> a, const T* b, int64_t b_row, T* c
 }
 
 // All rows of `vectors` registers' columns, in blocks of rows as equal as they can be.
-template <class T, class V, int vectors>
+template <class T, class V, int vectors, int64_t summed>
 void multiply_panel(View<const T> a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t rows,
                     int64_t inner, bool accumulate) {
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
@@ -406,8 +406,8 @@ void multiply_panel(View<const T> a, const T* b, int64_t b_row, T* c, int64_t c_
     const int64_t first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
     const auto multiply = [&](auto n) DDPP_LAMBDA {
       if (count == decltype(n)::value)
-        multiply_block<T, V, decltype(n)::value, vectors>({a.data + first * a.row, a.row, a.column}, b, b_row,
-                                                          c + first * c_row, c_row, inner, accumulate);
+        multiply_block<T, V, decltype(n)::value, vectors, summed>(
+            {a.data + first * a.row, a.row, a.column}, b, b_row, c + first * c_row, c_row, inner, accumulate);
     };
     multiply(std::integral_constant<int, 6>());
     multiply(std::integral_constant<int, 5>());
@@ -418,20 +418,22 @@ void multiply_panel(View<const T> a, const T* b, int64_t b_row, T* c, int64_t c_
   }
 }
 
-template <class T>
+template <class T, int64_t summed>
 void multiply_part(View<const T> a, const T* b, int64_t b_row, T* c, int64_t c_row, int64_t rows,
                    int64_t inner, int64_t columns, bool accumulate) {
   constexpr int64_t width = kWidth<Vector<T>, T>;
   int64_t j = 0;
   for (; j + kBlockVectors * width <= columns; j += kBlockVectors * width)
-    multiply_panel<T, Vector<T>, kBlockVectors>(a, b + j, b_row, c + j, c_row, rows, inner, accumulate);
+    multiply_panel<T, Vector<T>, kBlockVectors, summed>(a, b + j, b_row, c + j, c_row, rows, inner,
+                                                        accumulate);
   if (j + 2 * width <= columns) {
-    multiply_panel<T, Vector<T>, 2>(a, b + j, b_row, c + j, c_row, rows, inner, accumulate);
+    multiply_panel<T, Vector<T>, 2, summed>(a, b + j, b_row, c + j, c_row, rows, inner, accumulate);
     j += 2 * width;
   }
   for (; j + width <= columns; j += width)
-    multiply_panel<T, Vector<T>, 1>(a, b + j, b_row, c + j, c_row, rows, inner, accumulate);
-  for (; j < columns; ++j) multiply_panel<T, T, 1>(a, b + j, b_row, c + j, c_row, rows, inner, accumulate);
+    multiply_panel<T, Vector<T>, 1, summed>(a, b + j, b_row, c + j, c_row, rows, inner, accumulate);
+  for (; j < columns; ++j)
+    multiply_panel<T, T, 1, summed>(a, b + j, b_row, c + j, c_row, rows, inner, accumulate);
 }
 
 template <class T>
@@ -445,14 +447,14 @@ void multiply(Matrices<const T> a, Matrices<const T> b, int64_t count, int64_t r
       T* z = c.data + task / parts * c.stride;
       const int64_t first = task % parts * part;
       if (!a_transposed) {
-        multiply_part<T>({x + first * inner, inner, 1}, y, columns, z + first * columns, columns,
-                         std::min(part, rows - first), inner, columns, accumulate);
+        multiply_part<T, kSummed>({x + first * inner, inner, 1}, y, columns, z + first * columns, columns,
+                                  std::min(part, rows - first), inner, columns, accumulate);
         continue;
       }
       const int64_t width = std::min(part, columns - first);
       for (int64_t k = 0; k == 0 || k < inner; k += kInner)
-        multiply_part<T>({x + k * rows, 1, rows}, y + k * columns + first, columns, z + first, columns, rows,
-                         std::min(kInner, inner - k), width, accumulate || k > 0);
+        multiply_part<T, kSummed>({x + k * rows, 1, rows}, y + k * columns + first, columns, z + first,
+                                  columns, rows, std::min(kInner, inner - k), width, accumulate || k > 0);
     }
   });
 }
@@ -534,10 +536,10 @@ void convolve_block(const Convolution<T>& c, int64_t first, int64_t count, T* sc
   const int64_t lead = c.transposed ? 1 : 0;  // the part that also goes through the tangent into the other
   for (int p = 0; p < stages; ++p) {
     const auto multiply = [&](int64_t from, int64_t to, Matrices<const T> weight, bool accumulate) {
-      multiply_part<T>({in.data + p * in.stride + from * part_rows * inputs, inputs, 1},
-                       weight.data + p * weight.stride, c.outputs,
-                       out + p * out_stride + to * count * c.outputs, c.outputs, count, inputs, c.outputs,
-                       accumulate);
+      multiply_part<T, m == 2 ? kSummed : kSummedOfLargeTiles>(
+          {in.data + p * in.stride + from * part_rows * inputs, inputs, 1}, weight.data + p * weight.stride,
+          c.outputs, out + p * out_stride + to * count * c.outputs, c.outputs, count, inputs, c.outputs,
+          accumulate);
     };
     for (int64_t part = 0; part < parts; ++part) multiply(part, part, c.weight, false);
     if (parts == 2) multiply(lead, 1 - lead, c.tangent, true);
