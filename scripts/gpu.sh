@@ -43,7 +43,7 @@ beside=()  # tests in several processes where pytest can
 "$python" -c 'import xdist' 2> /dev/null && beside=(-n 4)
 
 step "build in place for $capability, with the C++ tests"
-TORCH_CUDA_ARCH_LIST="$capability" DDPP_BUILD_CUDA=1 CMAKE_ARGS="${CMAKE_ARGS:-} -DDDPP_TESTS=ON" \
+TORCH_CUDA_ARCH_LIST="$capability" DDPP_BUILD_CUDA=1 CMAKE_ARGS="${CMAKE_ARGS:-} -DDDPP_TESTS=ON -DCMAKE_CUDA_FLAGS=-lineinfo" \
   "$python" setup.py build_ext --inplace > "$work/build.log" 2>&1 || { tail -50 "$work/build.log"; exit 1; }
 cpp=build/cmake-$("$python" -c 'import sys; print(sys.implementation.cache_tag)')-cuda
 "$python" -m ddpp.info
@@ -84,9 +84,10 @@ elif wanted sanitize; then
     for test in "$cpp"/test_*_device; do sanitize 30 $tool "$test"; done
   done
   # The C++ tests' memory is shared with the host, whose writes initcheck does not see. Here each tensor is an allocation of its
-  # own. Many of torch's own kernels run as well, and each is made tens of times slower: tests that touch every kernel.
+  # own, and not filled by torch, which would write it. Many of torch's own kernels run as well, and each is made tens of times
+  # slower: tests that touch every kernel.
   step "compute-sanitizer initcheck over the op contract"
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize 90 initcheck \
+  DDPP_UNWRITTEN=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize 90 initcheck \
     "$python" -m pytest -q -x -p no:cacheprovider tests/test_op_contract.py -k "cuda and (value_and_gradient or beyond_the_last)"
 fi
 

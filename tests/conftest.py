@@ -119,7 +119,15 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return shown
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A process of pytest-xdist says which backends it ran."""
+    _ran.update(getattr(node, "workeroutput", {}).get("ran", ()))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["ran"] = sorted(_ran)
     missing = REQUIRED - _ran
     if missing and not session.config.option.collectonly and not hasattr(session.config, "workerinput"):
         print(f"\nDDPP_REQUIRE_BACKENDS: no test ran on {', '.join(sorted(missing))}")

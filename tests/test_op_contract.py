@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from collections.abc import Callable, Iterator
 
@@ -27,9 +28,14 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"]
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """New tensors are full of NaN, so that an element that a kernel leaves unwritten shows."""
+    """New tensors are full of NaN, so that an element that a kernel leaves unwritten shows.
+
+    DDPP_UNWRITTEN=1 leaves them as they are, for a tool that follows which memory was written.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = "DDPP_UNWRITTEN" not in os.environ
     yield
+    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(False)
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_data import needs_torchvision, save_image
 
 from ddpp import runs
@@ -41,3 +42,14 @@ def test_cifar10_goes_on_where_it_was_cut(tmp_path: Path) -> None:
         assert len(runs.read_log(out / method / "log.jsonl")) == 150
         assert f"\n{method}: " in done.stdout
     assert runs.read_json(out / "difference.json")
+
+
+@pytest.mark.parametrize(("required", "code"), [("reference", 0), ("reference,none", 1)])
+def test_processes_beside_each_other_tell_what_they_ran(required: str, code: int) -> None:
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    tests = [str(ROOT / "tests" / "test_op_contract.py"), "-k", "reference and is_the_one_it_says"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", *tests]
+    environment = os.environ | {"DDPP_REQUIRE_BACKENDS": required}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert " passed" in done.stdout
+    assert done.returncode == code, done.stdout
