@@ -260,8 +260,9 @@ def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Match
 
 
 def _as_published(call: Callable[[], Matching], plans: list[Tensor]) -> Callable[[], Matching]:
-    """As published codes run: with any of the vendor's algorithms, since they do not ask for the same bits each time, and
-    without asking the device which groups of the augmentation are on, since there the host draws them.
+    """As published codes run, with any of the vendor's algorithms: they do not ask for the same bits each time.
+
+    Nor do they ask the device which groups of the augmentation are on, since the host draws them.
     """
     groups = {id(plan): in_torch._groups_on(plan) for plan in plans}
 

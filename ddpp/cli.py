@@ -187,7 +187,9 @@ def _resolve(args: argparse.Namespace, base: Config | None, own: str, sections: 
     given = [(key.split("."), value) for key, value in vars(args).items() if "." in key]
     for (section, name), value in given:
         config = config.with_values({section: {name: value}}, f"--{_flag(section, name, own)}")
-    return config
+    # A run remembers where they are, not how they were called from the folder where it was begun.
+    plugins = [str(Path(name).resolve()) if name.endswith(".py") else name for name in config.run.plugins]
+    return config.with_values({"run": {"plugins": plugins}}, "--plugins")
 
 
 def _check_dataset(args: argparse.Namespace, preset: Config) -> None:

@@ -101,7 +101,8 @@ class State:
         return held if self.average is None else held | {"average": self.average}
 
     def save(self, path: Path) -> None:
-        runs.write_tensors(path, self._tensors(), {name: getattr(self, name) for name in _COUNTERS})
+        tensors = self._tensors() | {_MEMORY + name: t.clone() for name, t in self.memory.items()}  # may share theirs
+        runs.write_tensors(path, tensors, {name: getattr(self, name) for name in _COUNTERS})
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> State:
@@ -189,7 +190,7 @@ def select(selection: Selection, folder: Path, device: torch.device) -> State:
 
 def _outer_step(state: State, method: Method, settings: DistillConfig) -> tuple[State, dict[str, Any]]:
     """One update: taken; skipped where nothing could be matched or too little was; undone where it is not finite."""
-    update = method.update(state.synthetic, state.step, state.memory)
+    update = method.update(state.synthetic, state.step, state.memory).checked(state.synthetic)
     proposed = state.moved(update, settings)
     finite = proposed.finite() & torch.isfinite(update.loss)
     # The one place where an outer step waits for the device.

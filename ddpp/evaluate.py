@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpp import augment, cli, data, models, runs, scores, seeds, synthetic, training
+from ddpp import augment, cli, data, models, registry, runs, scores, seeds, synthetic, training
 from ddpp.config import Config, ModelConfig
 from ddpp.data import Dataset, Images, policies
 from ddpp.errors import UserError
@@ -248,6 +248,7 @@ def compare(
     names = settings.models or (config.model.model,)
     anywhere = replace(config, data=replace(config.data, data_root="", download=False))
     about = {"config": asdict(anywhere), "data": dataset.fingerprint, "threads": torch.get_num_threads()}
+    about |= {"plugins": of_plugins} if (of_plugins := registry.plugins()) else {}
     images = len(names) * _images_trained_on(config, dataset, candidates)
     with runs.alone(folder, "evaluate"), training.images_bar("evaluate", images) as progress:
         ledger = runs.Ledger(folder / "evaluated.jsonl", about)

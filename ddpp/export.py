@@ -17,6 +17,7 @@ from ddpp import cli, data, runs, synthetic
 from ddpp.config import Config
 from ddpp.errors import UserError
 
+_PICTURES = "| `pixels/` | pictures of the images, for viewing: 8 bits, cut off at black and white |"
 _WHITENED = """
 Networks saw x = (pixels - mean) @ whiten, of pixels in [0, 1] as one row of C H W values: ZCA fitted on the training
 images. Bring other images, test images above all, there before they meet a network trained on this set:
@@ -36,7 +37,7 @@ all, there before they meet a network trained on this set:
 def export(folder: Path, to: Path) -> None:
     """Writes ``images.pt`` [N, C, H, W], ``labels.pt`` ([N] or logits [N, K]), ``lr.pt`` [] and ``transform.pt``.
 
-    Also ``pixels/<class>/<number>.png`` of the images as pixels, cut off at black and white, and ``README.md``.
+    Also ``README.md``, and of grey and RGB images ``pixels/<class>/<number>.png``, cut off at black and white.
 
     Raises:
         UserError: the folder holds no run's result, ``to`` is not empty, or a file cannot be written.
@@ -50,8 +51,13 @@ def export(folder: Path, to: Path) -> None:
     for name, value in tensors.items():
         with runs.replacing(to / f"{name}.pt") as temporary:
             torch.save(value, temporary)
-    data.pictures.write(to / "pixels", data.to_pixels_from(transform, held.images), meta["classes"])
+    if _can_be_shown(held):
+        data.pictures.write(to / "pixels", data.to_pixels_from(transform, held.images), meta["classes"])
     runs.write_text(to / "README.md", _text(held, meta, "whiten" in transform))
+
+
+def _can_be_shown(held: synthetic.Synthetic) -> bool:
+    return held.images.shape[1] in (1, 3)
 
 
 def _text(held: synthetic.Synthetic, meta: dict[str, Any], whitened: bool) -> str:
@@ -66,7 +72,7 @@ def _text(held: synthetic.Synthetic, meta: dict[str, Any], whitened: bool) -> st
         f"| `labels.pt` | {list(held.labels.shape)}, {'logits of soft labels' if soft else 'classes'} |",
         "| `lr.pt` | the learned step size of SGD |",
         "| `transform.pt` | what brings pixels to where the images are |",
-        "| `pixels/` | pictures of the images, for viewing: 8 bits, cut off at black and white |",
+        *([_PICTURES] if _can_be_shown(held) else []),
         "",
         f"Classes: {', '.join(meta['classes'])}. Distilled with augmentation {groups}, of which each batch had "
         f"{meta['augmentation']['mode']}; train with it too.",
@@ -77,7 +83,7 @@ def _text(held: synthetic.Synthetic, meta: dict[str, Any], whitened: bool) -> st
 
 def _run(config: Config, args: argparse.Namespace) -> None:
     export(Path(args.folder), Path(args.to))
-    print(f"written: {args.to}/images.pt, labels.pt, lr.pt, transform.pt, pixels/, README.md")
+    print(f"written: {', '.join(sorted(str(path) for path in Path(args.to).iterdir()))}")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

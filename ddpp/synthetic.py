@@ -47,6 +47,9 @@ def load(path: Path) -> tuple[Synthetic, dict[str, Any]]:
     Raises:
         UserError: the file is missing, damaged, foreign, or of a later version.
     """
+    folder = Path(path).parent
+    if not Path(path).is_file() and (folder / "config.toml").is_file():
+        raise UserError(f"the run in {folder} is not finished; continue it with ddpp.distill --out {folder} --resume")
     tensors, meta = runs.read_tensors(path, "synthetic set")
     if meta.get("format") != FORMAT or "images" not in tensors:
         raise UserError(
@@ -76,7 +79,8 @@ def real_images(dataset: Dataset, ipc: int, *key: str | int, seed: int) -> Synth
     for label, name in enumerate(dataset.classes):
         members = torch.nonzero(dataset.train_labels == label).flatten()
         if len(members) < ipc:
-            raise UserError(f"--ipc {ipc} is more than the {len(members)} training images of class {name!r}")
+            held_out = "; others are held out, --validation 0 keeps all" if len(dataset.val_labels) else ""
+            raise UserError(f"--ipc {ipc} is more than the {len(members)} training images of class {name!r}{held_out}")
         chosen.append(members[torch.randperm(len(members), generator=draw)[:ipc]])
     index = torch.cat(chosen)
     return Synthetic(dataset.train_images[index], dataset.train_labels[index], torch.zeros(()))

@@ -97,8 +97,9 @@ def folder_of(config: Config, dataset: Dataset) -> Path:
     parts = [dataset.name, *(["zca"] if dataset.preprocessing == "zca" else [])]
     options = models.describe(config.model, dataset.shape)
     parts.append(options.pop("model"))
-    if options:
-        parts += [f"d{options.pop('depth')}", f"w{options.pop('width')}"]
+    if source := options.pop("source", None):
+        parts.append(source[:8])
+    parts += [f"{name[0]}{value}" for name in ("depth", "width") if (value := options.pop(name, None))]
     usual = asdict(type(config.model)())
     parts += [value for name, value in options.items() if value != usual[name]]
     if config.teachers.sharpness_radius:

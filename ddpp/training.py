@@ -99,10 +99,9 @@ def fit(
         Whether every parameter is finite: one that once was not stays so. A network that diverged keeps what it became.
 
     Raises:
-        UserError: no images, or not as many labels.
+        UserError: no images, not as many labels, or labels that the network has no output for.
     """
-    if len(images) == 0 or len(labels) != len(images):
-        raise UserError(f"training needs one label an image, got {len(images)} and {len(labels)}")
+    _check_labels(model, images, labels)
     model.to(device).train()
     images, labels = images.to(device), labels.to(device)
     gradients = _gradients(model, device, fused, tile)
@@ -122,6 +121,22 @@ def fit(
         if on_epoch:
             on_epoch(Standing(epoch + 1, _velocity(optimizer, gradients.parameters)))
     return bool(torch.stack([torch.isfinite(p).all() for p in gradients.parameters]).all())
+
+
+def _check_labels(model: nn.Module, images: Tensor | Images, labels: Tensor) -> None:
+    if len(images) == 0 or len(labels) != len(images):
+        raise UserError(f"training needs one label an image, got {len(images)} and {len(labels)}")
+    classes = model.classifier.out_features if isinstance(model, Network) else None
+    if labels.is_floating_point():
+        fits, found = labels.ndim == 2 and classes in (None, labels.shape[1]), list(labels.shape)
+    else:
+        found = [int(labels.min()), int(labels.max())]
+        fits = labels.ndim == 1 and found[0] >= 0 and (classes is None or found[1] < classes)
+    if not fits:
+        raise UserError(
+            f"labels must be classes [N] from 0 to {classes - 1 if classes else 'K - 1'}, or soft ones "
+            f"[N, {classes or 'K'}], got {'soft ones' if labels.is_floating_point() else 'classes from and to'} {found}"
+        )
 
 
 def images_bar(what: str, total: int, *, done: int = 0, shown: bool = True) -> tqdm[NoReturn]:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import grad
+from torch.nn.modules.dropout import _DropoutNd as _Dropout
 
 from ddpp.dual import ConvNetStep, Step, StepAdjoint
 from ddpp.errors import UserError, nearest
@@ -237,6 +238,11 @@ class _Unroll(NamedTuple):
             raise UserError(f"lr must be one positive number [], got {self.lr.tolist()}")
         if self.checkpoint_every < 1:
             raise UserError(f"checkpoint_every must be at least 1, got {self.checkpoint_every}")
+        if any(isinstance(m, _Dropout) and m.p > 0 and m.training for m in self.network.modules()):
+            raise UserError(
+                "network must not draw random numbers in its steps, since the way back would draw others. Set the p of "
+                "its dropout to 0."
+            )
         self._check_labels()
         self._check_steps()
 
@@ -356,8 +362,8 @@ def matching_gradients(
         of parameters kept by the mask, and the student's last parameters. kept = 0 marks a degenerate step.
 
     Raises:
-        UserError: shapes, dtypes or the engine's name do not fit; on the CPU also labels or indices out of range, and a
-            step size that is not positive.
+        UserError: shapes, dtypes or the engine's name do not fit, or the network has dropout; on the CPU also labels or
+            indices out of range, and a step size that is not positive.
     """
     if engine not in ENGINES:
         raise UserError(f"unknown engine {engine!r}{nearest(engine, ENGINES)} Known: {', '.join(ENGINES)}")
@@ -366,10 +372,11 @@ def matching_gradients(
             raise UserError(f"{name} must be a tensor, got {type(tensor).__name__}; give torch.tensor(...)")
     step = (step or provider(network, "auto" if fused else "autograd")).on(start.device)
     drawn = [None] * len(batches) if plans is None else plans
-    given = start, target, images.detach(), labels.detach(), lr.detach(), batches, drawn
-    u = _Unroll(network, *given, epsilon, fused, step, checkpoint_every, distance, graphs)
-    u.check()
-    return ENGINES[engine](u.until_nearest() if nearest_step else u)
+    with torch.inference_mode(False), torch.enable_grad():  # also where the caller records nothing
+        given = start.detach(), target.detach(), images.detach(), labels.detach(), lr.detach(), batches, drawn
+        u = _Unroll(network, *given, epsilon, fused, step, checkpoint_every, distance, graphs)
+        u.check()
+        return ENGINES[engine](u.until_nearest() if nearest_step else u)
 
 
 def _unrolled(u: _Unroll) -> Matching:

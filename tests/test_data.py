@@ -64,6 +64,11 @@ def read(tree: Path, **options: Any) -> data.Dataset:
     return data.load(DataConfig(dataset="folder", data_root=str(tree), **options))
 
 
+def test_hidden_folders_are_no_classes(tree: Path) -> None:
+    (tree / "train" / ".ipynb_checkpoints").mkdir()
+    assert read(tree).classes == ("cat", "dog")
+
+
 def test_digits() -> None:
     found = data.load(DataConfig(validation=0.1))
     assert found.shape == (1, 8, 8)

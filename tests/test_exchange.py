@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpp import config, data, distill, export, synthetic
+from ddpp import config, data, distill, export, runs, synthetic
 from ddpp.config import DataConfig
 from ddpp.data import Dataset
 from ddpp.errors import UserError
@@ -170,6 +170,57 @@ def test_soft_labels_are_logits_or_probabilities(tmp_path: Path) -> None:
         out.append(result(tmp_path / name).labels.softmax(1))
     torch.testing.assert_close(out[0], logits.softmax(1))
     torch.testing.assert_close(out[1], logits.softmax(1))
+
+
+def test_images_with_soft_labels_are_put_class_by_class_too(tmp_path: Path) -> None:
+    images, labels = torch.randn(20, 1, 8, 8), torch.nn.functional.one_hot(torch.arange(20) % 10).float()
+    files = [saved(tmp_path / "images.pt", images), saved(tmp_path / "labels.pt", labels)]
+    assert given(tmp_path / "run", files, "--labels", "soft") == 0
+    found = result(tmp_path / "run")
+    assert found.labels.argmax(1).tolist() == sorted(found.labels.argmax(1).tolist())
+    assert torch.equal(found.images[:4], images[[0, 10, 1, 11]])
+
+
+def test_pixels_may_be_whole_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
+    space, found = ("--given-space", "pixels"), []
+    for name, images in (("whole", whole), ("shares", whole / 255)):
+        assert given(tmp_path / name, [saved(tmp_path / f"{name}.pt", images)], *space) == 0
+        found.append(result(tmp_path / name).images)
+    assert torch.equal(*found)
+    assert given(tmp_path / "large", [saved(tmp_path / "large.pt", whole.float())], *space) == 2
+    assert "these go from 0 to 255; divide them by 255" in capsys.readouterr().err
+
+
+def test_an_export_without_pictures_where_there_can_be_none(tmp_path: Path) -> None:
+    held = synthetic.Synthetic(torch.randn(4, 5, 8, 8), torch.tensor([0, 0, 1, 1]), torch.tensor(0.1))
+    meta = {
+        "dataset": "five",
+        "method": "dm",
+        "ipc": 2,
+        "classes": ["a", "b"],
+        "augmentation": {"groups": [], "mode": "one"},
+    }
+    (tmp_path / "run").mkdir()
+    held.save(tmp_path / "run" / "synthetic.safetensors", meta, {"mean": torch.zeros(5), "std": torch.ones(5)})
+    export.export(tmp_path / "run", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"images.pt", "labels.pt", "lr.pt", "transform.pt", "README.md"}
+    assert "pixels/" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_unfinished_run_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.write_text(tmp_path / "run" / "config.toml", config.Config().to_toml())
+    assert export.main([str(tmp_path / "run"), "--to", str(tmp_path / "out")]) == 2
+    told = f"is not finished; continue it with ddpp.distill --out {tmp_path / 'run'} --resume"
+    assert told in capsys.readouterr().err
+
+
+def test_classes_whose_folders_would_be_one_have_two(tmp_path: Path) -> None:
+    pixels, names = torch.rand(4, 3, 8, 8), ["a/b", "a-b"]
+    data.pictures.write(tmp_path / "set", pixels, names)
+    found, labels = data.folder.read_classes(tmp_path / "set", names)
+    torch.testing.assert_close(found[labels.argsort(stable=True)], pixels, atol=3e-3, rtol=0)
 
 
 @pytest.mark.parametrize("space", ["pixels", "published"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpp import config, distill, evaluate, runs, teachers
+from ddpp import config, data, distill, evaluate, models, registry, runs, teachers
 from ddpp.data import DATASETS
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, own_options
@@ -50,12 +50,24 @@ def stripes(config):
 def one_layer(config, shape, classes):
     return Network(nn.Sequential(nn.Conv2d(shape[0], 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)), 8, classes)
 """
+TEACHERS = ["--teachers-count", "1", "--teachers-epochs", "3", "--max-start-epoch", "1", "--inner-steps", "2"]
+WRONG_UPDATES = {
+    "images=gradient.double()": "must have images as torch.float32, got torch.float64",
+    "images=gradient[:1]": r"must have images as a tensor \[10, 1, 8, 8\], got \[1, 1, 8, 8\]",
+    "loss=1.5": r"must have loss as a tensor \[\], got float 1.5",
+    "kept=fixed + torch.ones(1)": r"must have kept as a tensor \[\], got \[1\]",
+    "labels=torch.zeros(10, 10)": "has labels, but the set's are fixed; they need --labels soft",
+    "memory={'best': 1.5}": "memory must hold tensors, got float 1.5 as 'best'",
+    "note={'drawn': torch.ones(2)}": r"note must hold numbers and words, got \[2\] as 'drawn'",
+}
 
 
 @pytest.fixture(autouse=True)
 def registries_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    for registry in (METHODS, DATASETS, MODELS):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    for table in (METHODS, DATASETS, MODELS):
+        monkeypatch.setattr(table, "_entries", dict(table._entries))
+        monkeypatch.setattr(table, "_sources", dict(table._sources))
+    monkeypatch.setattr(registry, "_plugins", {})
 
 
 @pytest.fixture
@@ -174,3 +186,93 @@ def test_a_method_without_options_refuses_them(tmp_path: Path, capsys: pytest.Ca
     assert distill.main(["--method", "dm", "--own", "pull=1", "--out", str(tmp_path / "run")]) == 2
     assert "--own pull=1: the method has no option 'pull'. Known: none" in capsys.readouterr().err
     assert not (tmp_path / "run").exists() and config.Config().distill.own == ()
+
+
+def load_again(path: Path) -> None:
+    """What a new process would do."""
+    sys.modules.pop(f"ddpp plugin {path.resolve()}", None)
+    for table in (DATASETS, MODELS):
+        for name in ("stripes", "one-layer"):
+            table._entries.pop(name, None)
+    load_plugins([str(path)])
+
+
+def test_teachers_are_of_one_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options that a plugin may look at, and the plugin itself."""
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_DATA_AND_NETWORK, encoding="utf-8")
+    load_again(path)
+    settings = config.Config().with_values({"model": {"model": "one-layer"}, "data": {"dataset": "stripes"}}, "test")
+    dataset = data.load(settings.data)
+    folders = [teachers.folder_of(settings, dataset)]
+    folders.append(teachers.folder_of(settings.with_values({"model": {"activation": "sigmoid"}}, "test"), dataset))
+    own = ["--plugins", str(path), "--dataset", "stripes", "--model", "one-layer", "--threads", "1"]
+    train = [*own, "--count", "1", "--epochs", "1", "--folder", str(tmp_path / "teachers")]
+    assert teachers.main(train) == 0
+    path.write_text(OWN_DATA_AND_NETWORK.replace("nn.ReLU", "nn.Tanh"), encoding="utf-8")
+    load_again(path)
+    folders.append(teachers.folder_of(settings, dataset))
+    assert len(set(folders)) == 3
+    assert teachers.main(train) == 2
+    assert "source" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("nn.ReLU()", "nn.Dropout(0.5)", "draws random numbers, as dropout does"),
+        ("nn.ReLU()", "nn.Linear(3, 3)", "fails on images"),
+        (", 8, classes)", ", 8, classes + 1)", r"must give logits \[2, 2\] of 2 images, got \[2, 3\]"),
+    ],
+)
+def test_a_network_that_cannot_be_distilled_is_refused_at_once(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_DATA_AND_NETWORK.replace(old, new), encoding="utf-8")
+    load_again(path)
+    with pytest.raises(UserError, match=f"model 'one-layer' {message}"):
+        models.build(config.ModelConfig(model="one-layer"), (1, 8, 8), 2, seed=0)
+
+
+@pytest.mark.parametrize("wrong", WRONG_UPDATES)
+def test_a_wrong_update_is_one_line(
+    wrong: str, means: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = means.read_text(encoding="utf-8")
+    changed = text.replace("kept=fixed + 1, note={})", f"kept=fixed + 1, note={{}})._replace({wrong})")
+    assert changed != text
+    means.write_text(changed, encoding="utf-8")
+    argv = ["--plugins", str(means), "--method", "means", *SHORT, "--out", str(tmp_path / "run")]
+    assert distill.main(argv) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert re.search(f"ddpp.distill: error: the method's (update )?{WRONG_UPDATES[wrong]}", line)
+
+
+def test_an_evaluation_of_another_plugin_begins_anew(means: Path, tmp_path: Path) -> None:
+    """What an edited file gave is not mixed with what it gave before."""
+    out = tmp_path / "run"
+    assert distill.main(["--plugins", str(means), "--method", "means", *SHORT, "--out", str(out)]) == 0
+    about = []
+    for more in ("", "# edited"):
+        means.write_text(means.read_text(encoding="utf-8") + more, encoding="utf-8")
+        METHODS._entries.pop("means")
+        sys.modules.pop(f"ddpp plugin {means.resolve()}")
+        registry._plugins.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runs.Ledger, "close", lambda ledger: None)
+            assert evaluate.main([str(out)]) == 0
+        about.append(runs.read_log(out / "evaluated.jsonl")[0]["about"]["plugins"])
+    assert about[0] != about[1] and len(about[0]) == len(about[1]) == 1
+
+
+def test_a_run_finds_its_plugin_from_another_folder(
+    means: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not another file of that name there."""
+    monkeypatch.chdir(tmp_path)
+    assert distill.main(["--plugins", "means.py", "--method", "means", *SHORT, "--out", "run"]) == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "means.py").write_text("raise ValueError('another')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "other")
+    assert evaluate.main(["../run"]) == 0

@@ -215,3 +215,13 @@ def test_labels_must_match_the_images() -> None:
     for few, what in ((images[:0], "0 and 30"), (images[:5], "5 and 30")):
         with pytest.raises(UserError, match=f"one label an image, got {what}"):
             training.fit(network(), few, labels, Recipe(1, lr=0.1), seed=0, device=CPU)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_labels_must_be_classes_of_the_network(fused: bool) -> None:
+    images, labels = examples()
+    soft = torch.zeros(len(images), 7)
+    for wrong, found in ((labels - 1, r"classes from and to \[-1"), (labels + 1, r"to \[1, 3\]"), (soft, r"\[30, 7\]")):
+        message = r"labels must be classes \[N\] from 0 to 2, or soft ones \[N, 3\], got .*" + found
+        with pytest.raises(UserError, match=message):
+            training.fit(network(), images, wrong, Recipe(1, lr=0.1), seed=0, device=CPU, fused=fused)

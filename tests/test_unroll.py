@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from ddpp import augment, models
 from ddpp.config import ModelConfig
+from ddpp.errors import UserError
 from ddpp.models import flat
 from ddpp.ops import dsa_augment
 from ddpp.unroll import PROVIDERS, matching_gradients, provider
@@ -233,3 +234,22 @@ def test_float32_gradients_match_float64_to_rounding(name: str, tile: int) -> No
         found = matching_gradients(**rounded, step=provider(rounded["network"], name, tile=tile))
         cosine = F.cosine_similarity(found.images.double().flatten(), exact.images.flatten(), dim=0)
         assert 1 - cosine < 1e-3 and abs(float(found.loss) / float(exact.loss) - 1) < 1e-4
+
+
+@pytest.mark.parametrize("engine", ["adjoint", "unrolled", "tesla"])
+def test_gradients_are_given_where_nothing_is_recorded(engine: str) -> None:
+    given = problem()
+    expected = matching_gradients(**given, engine=engine)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            found = matching_gradients(**given, engine=engine)
+        assert torch.equal(found.images, expected.images) and torch.equal(found.lr, expected.lr)
+
+
+def test_a_network_that_draws_is_refused() -> None:
+    given = problem("alexnet", 32)
+    given["network"].features.append(torch.nn.Dropout(0.5))
+    with pytest.raises(UserError, match=r"network must not draw random numbers .* Set the p of its dropout to 0"):
+        matching_gradients(**given)
+    given["network"].features[-1].p = 0.0
+    assert matching_gradients(**given).loss.isfinite()

@@ -60,7 +60,7 @@ def read_classes(root: Path, classes: Sequence[str], image_size: int | None = No
         UserError: other classes than these, or what :func:`folder` refuses.
     """
     found = _list(root)
-    places = {pictures.folder_name(name): label for label, name in enumerate(classes)}
+    places = {name: label for label, name in enumerate(pictures.folder_names(classes))}
     if set(found.classes) != set(places):
         odd = ", ".join(sorted(set(found.classes) ^ set(places))[:5])
         raise UserError(f"{root} must have one folder a class of the data set; only one of both has {odd}")
@@ -75,7 +75,7 @@ def _list(part: Path, chosen: Collection[str] = ()) -> _Listing:
         raise UserError(f"there is no folder {part}; {expected}. Name the tree with --data-root.")
     reader = library("torchvision.datasets.folder")
     try:
-        classes, _ = reader.find_classes(str(part))
+        classes = [name for name in reader.find_classes(str(part))[0] if not name.startswith(".")]
         for name in (name for name in chosen if name not in classes):
             raise UserError(f"--classes {name}: {part} has no such class{nearest(name, classes)}")
         classes = sorted(set(chosen)) or classes

@@ -139,22 +139,23 @@ def write(root: Path, pixels: Tensor, classes: Sequence[str]) -> None:
 
     Args:
         pixels: grey or RGB, from 0 to 1, as many of each class, class by class. [N, C, H, W]
-        classes: the names; see :func:`folder_name`.
+        classes: the names; see :func:`folder_names`.
 
     Raises:
         UserError: a file cannot be written.
     """
-    pillow, ipc = library("PIL.Image"), len(pixels) // len(classes)
+    pillow, ipc, folders = library("PIL.Image"), len(pixels) // len(classes), folder_names(classes)
     values = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # [N, H, W, C]
     for number, picture in enumerate(values):
         name = f"{number % ipc:04d}.png"
-        with runs.replacing(root / folder_name(classes[number // ipc]) / name) as temporary:
+        with runs.replacing(root / folders[number // ipc] / name) as temporary:
             pillow.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(temporary)
 
 
-def folder_name(class_name: str) -> str:
-    """A class's name where no / can stand."""
-    return class_name.replace("/", "-")
+def folder_names(classes: Sequence[str]) -> list[str]:
+    """The classes' names where no / can stand, numbered if two would be the same."""
+    names = [name.replace("/", "-") for name in classes]
+    return names if len(set(names)) == len(names) else [f"{label}-{name}" for label, name in enumerate(names)]
 
 
 def _mode(path: str) -> str:

@@ -31,17 +31,17 @@ class Problem:
     config: Config
     dataset: Dataset
     network: nn.Module
-    teachers: list[Trajectory]
+    teachers: list[Trajectory]  # none when a method is built to see what it refuses; then it is built again
     groups: tuple[str, ...]
     device: torch.device
     own: dict[str, Any] = field(default_factory=dict)  # what --own gave of the method's ``options``, and their defaults
 
 
-Memory = dict[str, Tensor]  # what a method hands on from one outer step to the next; checkpoints hold it
+Memory = dict[str, Tensor]  # what a method hands on from one outer step to the next, finite; checkpoints hold it
 
 
 class Update(NamedTuple):
-    """Gradients of one outer step."""
+    """Gradients of one outer step, without a graph."""
 
     loss: Tensor  # []
     images: Tensor  # [N, C, H, W]
@@ -51,9 +51,39 @@ class Update(NamedTuple):
     labels: Tensor | None = None  # [N, K] by the logits of soft labels
     memory: Memory = {}  # noqa: RUF012 (never changed)
 
+    def checked(self, now: Synthetic) -> Update:
+        """The same, cut off from any graph.
+
+        Raises:
+            UserError: a field that does not fit the set, or is of another kind; the message names it.
+        """
+        wanted = {"loss": (), "images": now.images.shape, "step_size": (), "kept": ()}
+        if self.labels is not None:
+            if not now.labels.is_floating_point():
+                raise UserError("the method's update has labels, but the set's are fixed; they need --labels soft")
+            wanted["labels"] = now.labels.shape
+        for name, shape in wanted.items():
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or value.shape != shape:
+                raise UserError(f"the method's update must have {name} as a tensor {list(shape)}, got {_told(value)}")
+            if name in ("images", "labels") and value.dtype != now.images.dtype:
+                raise UserError(f"the method's update must have {name} as {now.images.dtype}, got {value.dtype}")
+        for name, value in self.memory.items():
+            if not isinstance(value, Tensor):
+                raise UserError(f"the method's memory must hold tensors, got {_told(value)} as {name!r}")
+        for name, value in self.note.items():
+            if not isinstance(value, int | float | str | None):
+                raise UserError(f"the method's note must hold numbers and words, got {_told(value)} as {name!r}")
+        cut = {name: getattr(self, name).detach() for name in wanted}
+        return self._replace(**cut, memory={name: t.detach() for name, t in self.memory.items()})
+
+
+def _told(value: object) -> str:
+    return f"{list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"
+
 
 class Method(Protocol):
-    """Built once for a run; ``update`` depends on nothing but its arguments and the seed.
+    """Built for a run, once more when its teachers are there; ``update`` depends on its arguments and the seed alone.
 
     One of a plugin may have ``options``, a table of names and defaults, for ``--own``.
     """

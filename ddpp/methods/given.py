@@ -30,6 +30,7 @@ PUBLISHED = {
     "tinyimagenet": _IMAGENET,
     "folder": _IMAGENET,
 }
+_TOO_BRIGHT = 16  # for pixels in which 1 is white
 _OF_NUMPY = ("float64", "float32", "int64", "int32")  # accuracies that stand beside images in a file
 
 
@@ -66,12 +67,12 @@ class Given:
         self._check_images(images, dataset, settings.ipc)
         if not (torch.isfinite(step_size) and step_size > 0):
             raise UserError(f"{self._files}: the step size must be positive, got {float(step_size)}")
-        images = _to_networks_space(images, problem.config, dataset)
+        images = self._in_networks_space(images, problem.config, dataset)
         labels = self._labels(labels, len(dataset.classes), settings.ipc)
         if labels.is_floating_point() != (settings.labels == "soft"):
             held, other = ("soft", "hard") if labels.is_floating_point() else ("hard", "soft")
             raise UserError(f"{self._files} has {held} labels, and --labels is {other}; give --labels {held}")
-        order = torch.arange(len(labels)) if labels.is_floating_point() else labels.argsort(stable=True)
+        order = _class_by_class(labels, settings.ipc)
         self._held = Synthetic(images[order], labels[order], step_size)
 
     def choose(self) -> Synthetic:
@@ -89,6 +90,28 @@ class Given:
         if not torch.isfinite(images).all():
             raise UserError(f"{self._files} holds pixels that are no numbers")
 
+    def _in_networks_space(self, images: Tensor, config: Config, dataset: Dataset) -> Tensor:
+        space, name = config.distill.given_space, config.data.dataset
+        if space == "networks":
+            return images
+        if space == "published":
+            if name not in PUBLISHED:
+                raise UserError(f"--given-space published is for {', '.join(PUBLISHED)}, not for {name}")
+            mean, std = (torch.tensor(values).view(-1, 1, 1) for values in PUBLISHED[name])
+            images = images * std + mean
+        else:
+            self._check_pixels(float(images.min()), float(images.max()))
+        return data.from_pixels(dataset.transform, images)
+
+    def _check_pixels(self, least: float, most: float) -> None:
+        """Distilled ones may leave what can be shown, but not as far as other scales do."""
+        expected = f"{self._files}: pixels are from 0 to 1, or whole numbers to 255 as uint8"
+        found = f"{expected}, and these go from {least:.3g} to {most:.3g}"
+        if most > _TOO_BRIGHT:
+            raise UserError(f"{found}; divide them by 255")
+        if least < -1 or most > 2:
+            print(f"{found}; if they were normalised, --given-space says how")
+
     def _labels(self, given: Tensor | None, classes: int, ipc: int) -> Tensor:
         """Class indices [N], or logits [N, K]."""
         if given is None:
@@ -99,10 +122,20 @@ class Given:
             return given.clamp_min(torch.finfo(torch.float32).tiny).log() if probable else given
         if given.is_floating_point() or given.shape != (ipc * classes,):
             raise UserError(f"{self._files}: {expected} [{ipc * classes}, {classes}], got {list(given.shape)}")
-        counts = torch.bincount(given.clamp(0, classes - 1), minlength=classes)
-        if given.min() < 0 or given.max() >= classes or not (counts == ipc).all():
+        if given.min() < 0 or given.max() >= classes:
             raise UserError(f"{self._files}: {expected} [{ipc * classes}, {classes}], got {given.unique().tolist()}")
+        counts = torch.bincount(given, minlength=classes)
+        if not (counts == ipc).all():
+            odd = int((counts != ipc).nonzero()[0])
+            raise UserError(f"{self._files}: {expected} [{ipc * classes}, {classes}], got {counts[odd]} of class {odd}")
         return given
+
+
+def _class_by_class(labels: Tensor, ipc: int) -> Tensor:
+    """The order by class, of soft labels by the likeliest one; as given where that is not as many of each. [N]"""
+    of = labels.argmax(1) if labels.is_floating_point() else labels
+    counts = torch.bincount(of, minlength=len(labels) // ipc)
+    return of.argsort(stable=True) if (counts == ipc).all() else torch.arange(len(labels))
 
 
 def _read(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -128,19 +161,9 @@ def _read(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor | None, Tens
         labels = labels.float() if labels.is_floating_point() else labels.long()
     if step_size is not None and step_size.numel() != 1:
         raise UserError(f"{others[-1]}: the step size must be one number, got {list(step_size.shape)}")
-    return images.float(), labels, torch.tensor(settings.step_size if step_size is None else float(step_size))
-
-
-def _to_networks_space(images: Tensor, config: Config, dataset: Dataset) -> Tensor:
-    space, name = config.distill.given_space, config.data.dataset
-    if space == "networks":
-        return images
-    if space == "published":
-        if name not in PUBLISHED:
-            raise UserError(f"--given-space published is for {', '.join(PUBLISHED)}, not for {name}")
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in PUBLISHED[name])
-        images = images * std + mean
-    return data.from_pixels(dataset.transform, images)
+    whole = images.dtype == torch.uint8 and settings.given_space == "pixels"
+    images = images.float() / 255 if whole else images.float()
+    return images, labels, torch.tensor(settings.step_size if step_size is None else float(step_size))
 
 
 def _pair(found: Any, path: Path) -> list[Tensor]:
@@ -168,6 +191,9 @@ def _load(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(known):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+    except pickle.UnpicklingError as e:
+        reason = "it holds more than tensors and numbers, or is of another kind"
+        raise UserError(f"cannot read {path}: {reason}. Give files that torch.save wrote.") from e
+    except (OSError, RuntimeError, EOFError, ValueError) as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"cannot read {path}: {reason}. Give files that torch.save wrote.") from e

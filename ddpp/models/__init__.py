@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, replace
 from typing import Any
+
+import torch
 
 from ddpp import seeds
 from ddpp.config import ModelConfig
@@ -24,19 +27,50 @@ def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int) -> Netw
         classes: number of classes K.
 
     Raises:
-        UserError: unknown architecture, images that are not square, or options that do not fit their size.
+        UserError: unknown architecture, images that are not square, options that do not fit their size, or a plugin's
+            network that does not give logits of such images, or draws random numbers on the way to them.
     """
     _check_square(shape)
     builder = MODELS.get(config.model)
     with seeds.in_global_generator(seed):
-        return builder(config, shape, classes)
+        network = builder(config, shape, classes)
+    if MODELS.source(config.model):
+        _check_network(network, config.model, shape, classes)
+    return network
 
 
 def describe(config: ModelConfig, shape: Shape) -> dict[str, Any]:
-    """The options that shape the network, defaults filled in: equal descriptions mean equal architectures."""
+    """The options that shape the network, defaults filled in: equal descriptions mean equal architectures.
+
+    Of a plugin's all options count, and a digest of its file.
+    """
+    if source := MODELS.source(config.model):
+        return {**asdict(config), "source": source}
     if config.model != "convnet":
         return {"model": config.model}
     return asdict(replace(config, depth=config.depth or convnet.default_depth(shape[1])))
+
+
+def _check_network(network: Network, name: str, shape: Shape, classes: int) -> None:
+    """What an architecture of one's own may get wrong."""
+    if not isinstance(network, Network):
+        raise UserError(f"model {name!r} must give a ddpp.models.Network, got {type(network).__name__}")
+    tried = copy.deepcopy(network)  # a batch changes the statistics of some
+    with seeds.in_global_generator(0), torch.no_grad():
+        before = torch.get_rng_state()
+        try:
+            logits = tried(torch.zeros(2, *shape))
+        except (RuntimeError, ValueError, TypeError, IndexError) as e:
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            raise UserError(f"model {name!r} fails on images {[2, *shape]}: {reason}") from e
+        drawn = not torch.equal(before, torch.get_rng_state())
+    if logits.shape != (2, classes):
+        raise UserError(f"model {name!r} must give logits [2, {classes}] of 2 images, got {list(logits.shape)}")
+    if drawn:
+        raise UserError(
+            f"model {name!r} draws random numbers, as dropout does: gradients through the steps would be of other "
+            "draws than the steps, and no run could be repeated. Leave them out; augmentation is drawn by ddpp."
+        )
 
 
 def _check_square(shape: Shape) -> None:

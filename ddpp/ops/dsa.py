@@ -41,6 +41,7 @@ COLUMNS: dict[str, tuple[int, ...]] = {
 GROUPS = tuple(COLUMNS)
 #: The row of a plan that leaves its image as it is.
 IDENTITY = (0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
+_CHANNELS = (1, 3)  # of the compiled kernels
 
 
 def dsa_augment(images: Tensor, plan: Tensor, *, fused: bool = True) -> Tensor:
@@ -62,10 +63,10 @@ def dsa_augment(images: Tensor, plan: Tensor, *, fused: bool = True) -> Tensor:
     Values that are in no drawn plan (a NaN, a box beyond the image) give unspecified pixels, nothing worse.
 
     Args:
-        images: float32 or float64, with 1 or 3 channels (any number with ``fused=False``). [N, C, H, W]
+        images: float32 or float64. [N, C, H, W]
         plan: float32, on the device of the images. [N, 16]
-        fused: one launch of the compiled kernel where there is one; False is plain PyTorch, which autograd
-            differentiates any number of times (torch 2.11 its resampling once).
+        fused: one launch of the compiled kernel where there is one, for 1 or 3 channels; else, and with False, plain
+            PyTorch, which autograd differentiates any number of times (torch 2.11 its resampling once).
 
     Returns:
         The augmented images, in new memory and contiguous. [N, C, H, W]
@@ -74,8 +75,8 @@ def dsa_augment(images: Tensor, plan: Tensor, *, fused: bool = True) -> Tensor:
         ValueError: shape, dtype or device of an argument, or a plan that requires a gradient.
         RuntimeError: the second derivative, with ``fused=True``.
     """
-    _check(images, plan, fused)
-    if not fused:
+    _check(images, plan)
+    if not (fused and images.shape[1] in _CHANNELS):
         return _fresh(reference(images, plan), images)
     result: Tensor = function(_Augment, _AugmentWithJvp, _AugmentWithContext).apply(images, plan)
     return result
@@ -88,10 +89,11 @@ def dsa_adjoint(grad: Tensor, plan: Tensor, *, fused: bool = True) -> Tensor:
         grad: as the images there. [N, C, H, W]
         plan, fused: as there.
     """
-    return ops().dsa_adjoint.default(grad, plan) if fused else _fresh(_adjoint(grad, plan), grad)
+    compiled = fused and grad.shape[1] in _CHANNELS
+    return ops().dsa_adjoint.default(grad, plan) if compiled else _fresh(_adjoint(grad, plan), grad)
 
 
-def _check(images: Tensor, plan: Tensor, fused: bool) -> None:
+def _check(images: Tensor, plan: Tensor) -> None:
     shape = images.shape
     if len(shape) != 4:
         raise ValueError(f"dsa_augment: images must be [N, C, H, W], got {list(shape)}")
@@ -99,8 +101,6 @@ def _check(images: Tensor, plan: Tensor, fused: bool) -> None:
         raise ValueError(
             f"dsa_augment: images must be float32 or float64, got {images.dtype}; convert them with .float()"
         )
-    if fused and shape[1] not in (1, 3):
-        raise ValueError(f"dsa_augment: images must have 1 or 3 channels, got {shape[1]}; use fused=False for others")
     if plan.shape != (shape[0], PLAN_SIZE) or plan.dtype != torch.float32:
         raise ValueError(
             f"dsa_augment: plan must be float32 [{shape[0]}, {PLAN_SIZE}], a row for each image, got "
