@@ -113,10 +113,12 @@ class DistillConfig:
     prune: str = option(
         "ratio",
         "Parameters left out of the distance: by ratio to the teacher's (DDPP), none (MTT), those furthest from it, "
-        "those nearest to it, or the first layers.",
+        "those nearest to it, or the first.",
         choices=("ratio", "none", "difference", "lowest", "depth"),
     )
-    prune_share: float = option(0.25, "Share left out by difference, lowest and depth.", low=0, high=0.99)
+    prune_share: float = option(
+        0.25, "Share of the parameters left out by difference, lowest and depth.", low=0, high=0.99
+    )
     lr_importance: float = option(
         0.0, "Learning rate of a weight for each parameter in the distance (IADD); 0 weighs all alike.", low=0
     )

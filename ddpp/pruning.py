@@ -6,7 +6,7 @@
 | none | nothing | MTT, arXiv 2203.11932 |
 | difference | the share furthest from the target | DPD, PMLR 304:415-430, by the abstract: its code is not public |
 | lowest | the share nearest to the target | PAD, arXiv 2408.03360, by loss |
-| depth | the first share of the layers | PAD, by depth |
+| depth | the first share, layer after layer | PAD, by depth |
 
 The first two are one fused operator; the others are a mask [P] that is a constant of the loss.
 :class:`Importance` gives each parameter that a rule keeps a learned weight.
@@ -36,7 +36,7 @@ def distance(rule: str, layout: Layout, *, epsilon: float = 0.1, share: float = 
         rule: one of :data:`RULES`.
         layout: of the parameters.
         epsilon: bound of ``ratio``.
-        share: left out by ``difference`` and ``lowest`` of the parameters, by ``depth`` of the layers, rounded down.
+        share: of the parameters, left out by ``difference``, ``lowest`` and ``depth``; their number is rounded down.
         fused: compiled kernels for ``ratio`` and ``none``.
 
     Returns:
@@ -135,15 +135,9 @@ def keep_by_difference(student: Tensor, target: Tensor, share: float, *, furthes
 
 
 def keep_deep(layout: Layout, share: float, device: torch.device | None = None) -> Tensor:
-    """False for the parameters of the first share of the layers. [P] bool"""
-    layers = list(dict.fromkeys(_layer(name) for name, _ in layout))
-    shallow = set(layers[: int(share * len(layers))])
-    parts = [torch.full((size(((name, shape),)),), _layer(name) not in shallow) for name, shape in layout]
-    return torch.cat(parts).to(device)
-
-
-def _layer(name: str) -> str:
-    return name.rpartition(".")[0]
+    """False for the first share of the parameters, which lie in the order of the layers. [P] bool"""
+    count = size(layout)
+    return torch.arange(count, device=device) >= int(share * count)
 
 
 def _by_difference(

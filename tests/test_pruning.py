@@ -26,9 +26,9 @@ def kept_by_loop(rule: str, student: Tensor, target: Tensor, share: float) -> li
         return [True] * SIZE
     if rule == "ratio":
         return [s / t >= 0.1 and t / s >= 0.1 for s, t in pairs]
-    if rule == "depth":  # of three layers the first is dropped
-        return [i >= 12 for i in range(SIZE)]
     dropped = int(share * SIZE)
+    if rule == "depth":
+        return [i >= dropped for i in range(SIZE)]
     order = sorted(range(SIZE), key=lambda i: abs(pairs[i][0] - pairs[i][1]), reverse=rule == "difference")
     return [i not in order[:dropped] for i in range(SIZE)]
 
@@ -60,6 +60,12 @@ def test_a_share_of_nothing_keeps_all(vectors: tuple[Tensor, Tensor, Tensor]) ->
     student, target, _ = vectors
     assert bool(keep_deep(LAYOUT, 0.0).all())
     assert bool(keep_by_difference(student, target, 0.0, furthest=True).all())
+
+
+def test_depth_cuts_through_a_layer() -> None:
+    """a holds 12 of the 25 parameters; a third of all, rounded down, is 8, and 14 reach into b."""
+    assert keep_deep(LAYOUT, 1 / 3).tolist() == [False] * 8 + [True] * 17
+    assert keep_deep(LAYOUT, 0.58).tolist() == [False] * 14 + [True] * 11
 
 
 def test_divergence_shows(vectors: tuple[Tensor, Tensor, Tensor]) -> None:
