@@ -343,7 +343,7 @@ def _candidates(folder: Path, select: str) -> list[Path]:
     """The snapshots to choose from, the last one last; the result alone if nothing is selected."""
     if select == "final":
         return [folder / "synthetic.safetensors"]
-    found = sorted((folder / "snapshots").glob("step-*.safetensors"))
+    found = sorted((folder / "snapshots").glob("step-*.safetensors"), key=lambda path: (len(path.name), path.name))
     if not found:
         raise UserError(f"--select {select} needs snapshots, and {folder}/snapshots holds none")
     return found

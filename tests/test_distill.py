@@ -236,6 +236,14 @@ def test_pure_pytorch_gives_the_same_result_to_rounding(finished: Path, teachers
     assert float(pure.step_size) == pytest.approx(float(fused.step_size), rel=1e-3)
 
 
+def test_the_last_snapshot_of_a_million_steps_is_last(tmp_path: Path) -> None:
+    names = [f"step-{step:06d}.safetensors" for step in (0, 999_000, 1_000_000)]
+    (tmp_path / "snapshots").mkdir()
+    for name in names:
+        (tmp_path / "snapshots" / name).touch()
+    assert [path.name for path in evaluate._candidates(tmp_path, "all")] == names
+
+
 @pytest.mark.parametrize("select", ["final", "val", "test"])
 def test_evaluate_says_what_it_selected(select: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(finished), "--models", "convnet", "alexnet", "--networks", "1", "--epochs", "1", "--full-epochs", "0"]
