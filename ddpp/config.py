@@ -33,6 +33,11 @@ class DataConfig:
     image_size: int | None = option(None, "Resize images of a folder data set to this many pixels a side.", low=4)
     classes: tuple[str, ...] = option((), "Only these classes of a folder data set.")
     zca: bool = option(False, "Whiten images with ZCA instead of normalising each channel.")
+    constants: str = option(
+        "measured",
+        "Means and deviations that normalise the channels: those of the training images, or those of published codes.",
+        choices=("measured", "published"),
+    )
     validation: float = option(0.1, "Share of the training images held out for --select val.", low=0, high=0.9)
 
 

@@ -94,7 +94,7 @@ def folder_of(config: Config, dataset: Dataset) -> Path:
     """Where the teachers of a configuration are."""
     if config.teachers.folder:
         return Path(config.teachers.folder)
-    parts = [dataset.name, *(["zca"] if dataset.preprocessing == "zca" else [])]
+    parts = [dataset.name, *([dataset.preprocessing] if dataset.preprocessing != "channel" else [])]
     options = models.describe(config.model, dataset.shape)
     parts.append(options.pop("model"))
     if source := options.pop("source", None):

@@ -22,6 +22,7 @@ from ddpp import data, runs, seeds
 from ddpp.config import DataConfig
 from ddpp.data import pictures, policies, preprocess
 from ddpp.data.base import Raw
+from ddpp.data.preprocess import PUBLISHED
 from ddpp.data.split import stratified
 from ddpp.errors import UserError
 
@@ -707,3 +708,24 @@ def test_a_policy_changes_what_a_network_trains_on_and_nothing_else(policy: str,
     assert first.shape == (3, *images.shape) and not torch.equal(first[0], first[1])
     values = 255 * data.to_pixels_from(transform, first[0])
     assert torch.allclose(values, values.round(), atol=1e-3) and values.min() >= 0 and values.max() <= 255
+
+
+def test_constants_of_published_codes_stand_for_those_of_the_images(tree: Path) -> None:
+    measured, published = read(tree), read(tree, constants="published")
+    std = torch.tensor(PUBLISHED["folder"][1]).view(3, 1, 1)
+    mean = torch.tensor(PUBLISHED["folder"][0]).view(3, 1, 1)
+    pixels = measured.to_pixels(measured.test_images[:])
+    torch.testing.assert_close(published.test_images[:], (pixels - mean) / std, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(published.to_pixels(published.test_images[:]), pixels, atol=1e-5, rtol=1e-5)
+    assert published.describe()["preprocessing"] == "published" and published.fingerprint != measured.fingerprint
+    with pytest.raises(UserError, match="--constants published normalise, --zca whitens instead"):
+        read(tree, constants="published", zca=True)
+    with pytest.raises(UserError, match=r"--constants published is for cifar10, .*, not for digits"):
+        data.load(DataConfig(constants="published"))
+
+
+def test_constants_of_published_codes_are_of_colour_images(tree: Path) -> None:
+    for path in tree.glob("*/*/*.png"):
+        save_image(path, np.zeros((6, 6)))
+    with pytest.raises(UserError, match="are for 3 channels, and these images have 1; give --constants measured"):
+        read(tree, constants="published")

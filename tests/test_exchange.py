@@ -12,8 +12,8 @@ from torch import Tensor
 from ddpp import config, data, distill, export, runs, synthetic
 from ddpp.config import DataConfig
 from ddpp.data import Dataset
+from ddpp.data.preprocess import PUBLISHED
 from ddpp.errors import UserError
-from ddpp.methods.given import PUBLISHED
 
 TOY = [
     *("--width", "8", "--threads", "1", "--evaluate-networks", "2", "--evaluate-epochs", "3"),

@@ -17,7 +17,16 @@ from ddpp import runs, seeds
 from ddpp.config import DataConfig
 from ddpp.data import digits, folder, pictures, tinyimagenet, torchvision_sets
 from ddpp.data.base import DATASETS, Raw
-from ddpp.data.preprocess import Images, Transform, fit_channels, fit_zca, from_pixels, to_pixels_from, transformed
+from ddpp.data.preprocess import (
+    Images,
+    Transform,
+    fit_channels,
+    fit_zca,
+    from_pixels,
+    published_transform,
+    to_pixels_from,
+    transformed,
+)
 from ddpp.data.split import stratified
 from ddpp.errors import UserError
 
@@ -31,6 +40,7 @@ __all__ = [
     "from_pixels",
     "load",
     "pictures",
+    "published_transform",
     "tinyimagenet",
     "to_pixels_from",
     "torchvision_sets",
@@ -54,7 +64,7 @@ class Dataset:
     val_labels: Tensor
     test_images: Images
     test_labels: Tensor
-    preprocessing: str  # "channel" or "zca"
+    preprocessing: str  # "channel", "published" or "zca"
     transform: Transform
     strategy: str  # the augmentation that "auto" stands for
     fingerprint: str  # of all pixels, labels and the preprocessing
@@ -84,6 +94,8 @@ class Dataset:
 def load(config: DataConfig) -> Dataset:
     """Reads a data set, holds out a validation part, and normalises or whitens by the rest's statistics.
 
+    With ``config.constants`` "published" by those of published codes.
+
     The held-out part is a share ``config.validation`` of each class and the same for every seed of a run.
 
     Raises:
@@ -93,6 +105,8 @@ def load(config: DataConfig) -> Dataset:
     for name, value in (("--image-size", config.image_size), ("--classes", config.classes)):
         if value and config.dataset != "folder":
             raise UserError(f"{name} is for --dataset folder, got it with {config.dataset}. Leave it out.")
+    if config.zca and config.constants == "published":
+        raise UserError("--constants published normalise, --zca whitens instead; give --constants measured or --no-zca")
     with _one_download(config):
         raw = reader(config)
     _check(raw)
@@ -103,9 +117,9 @@ def load(config: DataConfig) -> Dataset:
         "test": Images(raw.test_images, white=raw.white),
     }
     labels = {"train": raw.train_labels[train], "val": raw.train_labels[held_out], "test": raw.test_labels}
-    preprocessing = "zca" if config.zca else "channel"
+    preprocessing = "zca" if config.zca else "published" if config.constants == "published" else "channel"
     fingerprint = _fingerprint(preprocessing, raw.white, [*images.values(), *labels.values()])
-    transform = fit_zca(images["train"], fingerprint) if config.zca else fit_channels(images["train"])
+    transform = _transform(config, images["train"], fingerprint)
     return Dataset(
         name=raw.name,
         classes=raw.classes,
@@ -120,6 +134,16 @@ def load(config: DataConfig) -> Dataset:
         strategy=raw.strategy,
         fingerprint=fingerprint,
     )
+
+
+def _transform(config: DataConfig, images: Images, fingerprint: str) -> Transform:
+    if config.constants == "published":
+        found = published_transform(config.dataset, "--constants published")
+        if len(found["mean"]) != images.shape[1]:
+            channels = f"{len(found['mean'])} channels, and these images have {images.shape[1]}"
+            raise UserError(f"--constants published are for {channels}; give --constants measured")
+        return found
+    return fit_zca(images, fingerprint) if config.zca else fit_channels(images)
 
 
 @contextlib.contextmanager

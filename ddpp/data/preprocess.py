@@ -27,6 +27,20 @@ ZCA_EPSILON = 0.1  # the field's choice, added to the eigenvalues of images in [
 ZCA_LARGEST = 3 * 64 * 64  # values of an image; the matrices of larger ones take gigabytes
 ZCA_SLOW = 2 * 3 * 32 * 32  # values from which on it takes a minute or more
 
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+#: Means and deviations of the channels by which the codes of DC, DSA, DM, MTT and others normalise. CIFAR-10's are not
+#: the deviations of its pixels, and MTT gives them to CIFAR-100 too, as DC did at first. Source: their repositories.
+PUBLISHED = {
+    "cifar10": _CIFAR10,
+    "cifar100": _CIFAR10,
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashionmnist": ((0.2861,), (0.3530,)),
+    "tinyimagenet": _IMAGENET,
+    "folder": _IMAGENET,
+}
+
 FEW = 2**26  # values, as float32 256 MiB
 
 _CHUNK = 1024  # images
@@ -148,6 +162,18 @@ def fit_channels(images: Images) -> Transform:
     mean = shares @ values
     std = (shares * (values - mean[:, None]).square()).sum(1).sqrt()
     return {"mean": mean.float(), "std": torch.where(std > _CONSTANT, std, 1).float()}
+
+
+def published_transform(dataset: str, option: str) -> Transform:
+    """The constants by which published codes normalise a data set, in units of [0, 1].
+
+    Raises:
+        UserError: there are none; the message names the option that asked for them.
+    """
+    if dataset not in PUBLISHED:
+        raise UserError(f"{option} is for {', '.join(PUBLISHED)}, not for {dataset}")
+    mean, std = PUBLISHED[dataset]
+    return {"mean": torch.tensor(mean), "std": torch.tensor(std)}
 
 
 def fit_zca(images: Images, key: str) -> Transform:

@@ -17,19 +17,6 @@ from ddpp.errors import UserError
 from ddpp.methods import METHODS, Problem
 from ddpp.synthetic import Synthetic
 
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-#: Means and deviations by which the codes of DC, DSA, DM and MTT normalise; CIFAR's deviations are not those of its
-#: pixels, and CIFAR-100 has CIFAR-10's. Source: their repositories.
-PUBLISHED = {
-    "cifar10": _CIFAR10,
-    "cifar100": _CIFAR10,
-    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "mnist": ((0.1307,), (0.3081,)),
-    "fashionmnist": ((0.2861,), (0.3530,)),
-    "tinyimagenet": _IMAGENET,
-    "folder": _IMAGENET,
-}
 _TOO_BRIGHT = 16  # for pixels in which 1 is white
 _OF_NUMPY = ("float64", "float32", "int64", "int32")  # accuracies that stand beside images in a file
 
@@ -95,10 +82,8 @@ class Given:
         if space == "networks":
             return images
         if space == "published":
-            if name not in PUBLISHED:
-                raise UserError(f"--given-space published is for {', '.join(PUBLISHED)}, not for {name}")
-            mean, std = (torch.tensor(values).view(-1, 1, 1) for values in PUBLISHED[name])
-            images = images * std + mean
+            transform = data.published_transform(name, "--given-space published")
+            images = images * transform["std"].view(-1, 1, 1) + transform["mean"].view(-1, 1, 1)
         else:
             self._check_pixels(float(images.min()), float(images.max()))
         return data.from_pixels(dataset.transform, images)
