@@ -57,7 +57,7 @@ class Evaluation:
     Attributes:
         groups: of DSA, none for no augmentation.
         policy: one of :data:`ddpp.data.policies.POLICIES`, or None.
-        ledger: keeps what each network reached, so that an evaluation that was cut goes on.
+        ledger: keeps what each network reached, so that an evaluation that was cut goes on; may be left out.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Evaluation:
         groups: tuple[str, ...],
         device: torch.device,
         progress: tqdm[NoReturn],
-        ledger: runs.Ledger,
+        ledger: runs.Ledger | None = None,
         policy: str | None = None,
     ) -> None:
         self.config, self.dataset, self.groups, self.device, self.progress = config, dataset, groups, device, progress
@@ -110,12 +110,13 @@ class Evaluation:
         found, parts = [], [self._part(*job) for job in jobs]
         calls = [partial(self._kept_or_trained, part, job) for part, job in zip(parts, jobs, strict=True)]
         for part, tested in zip(parts, training.side_by_side(calls, self.device), strict=True):
-            self.ledger.add(part, tested)
+            if self.ledger:
+                self.ledger.add(part, tested)
             found.append(tested)
         return found
 
     def _kept_or_trained(self, part: str, job: tuple[Any, ...]) -> Scores:
-        kept = self.ledger.get(part)
+        kept = self.ledger.get(part) if self.ledger else None
         if kept is None:
             return self.network(*job)
         _, images, _, recipe, *_ = job
@@ -198,6 +199,37 @@ class Evaluation:
 def _preference(tested: Scores) -> tuple[bool, float]:
     """On held-out images if there are any; a network that diverged comes last."""
     return tested.finite, tested.test if tested.val is None else tested.val
+
+
+def networks_on(
+    held: Synthetic,
+    dataset: Dataset,
+    config: Config | None = None,
+    *,
+    device: torch.device | str = "cpu",
+) -> list[Scores]:
+    """Networks trained from scratch on a set that is no run's, and tested; for a method in a program of one's own.
+
+    They are those that a run of the same options has: initial weights and draws depend on ``config.run.seed`` alone.
+
+    Args:
+        held: images in the data set's space [N, C, H, W], their labels, and the step size to train at unless
+            ``config.evaluate.lr`` gives one.
+        config: sections ``evaluate`` (the first of its models), ``model``, ``augment`` and ``run``; without, defaults.
+
+    Raises:
+        UserError: what :func:`check` refuses, or a set that does not fit the data set.
+    """
+    config = config or Config()
+    check(config, dataset)
+    if held.images.shape[1:] != dataset.shape:
+        raise UserError(f"images must be [N, {', '.join(map(str, dataset.shape))}], got {list(held.images.shape)}")
+    groups = augment.groups_for(config.augment.strategy, dataset.strategy)
+    images = config.evaluate.networks * config.evaluate.epochs * len(held.images)
+    with training.images_bar("evaluate", images) as progress:
+        evaluation = Evaluation(config, dataset, groups, torch.device(device), progress)
+        model = next(iter(config.evaluate.models), config.model.model)
+        return evaluation.distilled(model, held, evaluation.recipe(held))
 
 
 def check(config: Config, dataset: Dataset) -> None:

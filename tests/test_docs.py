@@ -72,3 +72,11 @@ def test_settings_of_the_guide_are_valid() -> None:
 def test_the_number_of_presets_is_told() -> None:
     published = [name for name in config.preset_names() if not name.endswith("-quick")]
     assert f"names a published setting: {len(published)} of them" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("named", ["networks_on", "matching_gradients"])
+def test_the_readmes_programs_run(named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (text,) = (block for block in blocks if f"{named}(" in block)
+    exec(text, {"__name__": "readme"})
+    assert capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpp import config, data, distill, export, runs, synthetic
+from ddpp import config, data, distill, evaluate, export, runs, synthetic
 from ddpp.config import DataConfig
 from ddpp.data import Dataset
 from ddpp.data.preprocess import PUBLISHED
@@ -67,6 +67,15 @@ def test_what_went_out_comes_in_with_the_same_figures(run: Path, exported: Path,
         assert torch.equal(found.images, wanted.images) and torch.equal(found.labels, wanted.labels)
         assert found.step_size == wanted.step_size
         assert figures(tmp_path / name, "given") == figures(run, "dm")
+
+
+def test_a_set_in_a_program_of_ones_own_is_tested_as_a_run_is(run: Path, digits: Dataset) -> None:
+    held, settings = result(run), runs.saved_config(run)
+    tested = evaluate.networks_on(held, digits, settings)
+    assert [scores.test for scores in tested] == figures(run, "dm") and all(scores.finite for scores in tested)
+    wrong = synthetic.Synthetic(held.images[:, :, :4], held.labels, held.step_size)
+    with pytest.raises(UserError, match=r"images must be \[N, 1, 8, 8\], got \[20, 1, 4, 8\]"):
+        evaluate.networks_on(wrong, digits, settings)
 
 
 def brought_there(export: Path, pixels: Tensor) -> Tensor:

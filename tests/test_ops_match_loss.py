@@ -208,3 +208,18 @@ def test_a_direct_call_of_the_operator_is_safe(arguments: tuple[Any, ...], messa
         pytest.skip("plain torch checks by itself")
     with pytest.raises(RuntimeError, match=message):
         _library.ops().match_loss.default(*(op_contract.moved(arguments, backend.device)))
+
+
+@pytest.mark.parametrize("name", ["target", "start"])
+def test_a_tangent_of_a_constant_is_refused(name: str) -> None:
+    given = {key: torch.rand(6) + 0.5 for key in ("student", "target", "start")}
+    with torch.autograd.forward_ad.dual_level():
+        given[name] = torch.autograd.forward_ad.make_dual(given[name], torch.ones(6))
+        with pytest.raises(RuntimeError, match=r"target and start are constants .* detach them"):
+            masked_match_loss(**given)
+
+
+def test_the_student_is_no_constant_of_its_own_loss() -> None:
+    student = torch.ones(6, requires_grad=True)
+    with pytest.raises(ValueError, match=r"start is a constant.*start.detach\(\)"):
+        masked_match_loss(student, torch.zeros(6), student)

@@ -61,7 +61,7 @@ def _check(student: Tensor, target: Tensor, start: Tensor, epsilon: float | None
     for name, value in (("student", student), ("target", target), ("start", start)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor [P], got {type(value).__name__}")
-        if value is student:
+        if name == "student":
             if value.dim() != 1:
                 raise ValueError(f"student must be a flat vector [P], got shape {list(value.shape)}; use .flatten()")
             if value.dtype not in (torch.float32, torch.float64):
@@ -156,7 +156,9 @@ class _MatchLoss(torch.autograd.Function):
 
 class _MatchLossWithJvp(_MatchLoss):
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+    def jvp(ctx: Any, tangent: Tensor | None, *constants: Any) -> tuple[Tensor, None, None]:
+        if tangent is None or any(t is not None for t in constants):
+            raise RuntimeError("target and start are constants of masked_match_loss, but have a tangent; detach them")
         student, target, denominator = ctx.saved_tensors
         one = torch.ones((), dtype=student.dtype, device=student.device)
         return torch.dot(_Gradient.apply(one, denominator, student, target, ctx.epsilon), tangent), None, None
