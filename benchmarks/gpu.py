@@ -39,6 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ddpp import augment
 from ddpp.gpu import CudaGraphs, Graphs
+from ddpp.ops import convnet as step
 from ddpp.ops import dsa as in_torch
 from ddpp.ops import dsa_augment, masked_match_loss
 from ddpp.ops import norm_pool as faces
@@ -242,13 +243,13 @@ def profiles(device: torch.device, small: bool) -> Iterator[tuple[str, list[dict
 
 
 def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Matching]]]:
-    """What makes the reference, every step a graph of autograd, and the adjoint engine in four forms."""
+    """What makes the reference, every step a graph of autograd, and the adjoint engine in five forms."""
     on_gpu = problem["start"].is_cuda
 
     def adjoint(graphs: bool = True, bf16: bool = False, sides: int = SIDES) -> Callable[[], Matching]:
-        step = provider(problem["network"], "dual", bf16=bf16)
+        of_network = provider(problem["network"], "dual", bf16=bf16)
         captured = Graphs(CudaGraphs(sides)) if graphs and on_gpu else None
-        return lambda: matching_gradients(**problem, step=step, graphs=captured)
+        return lambda: matching_gradients(**problem, step=of_network, graphs=captured)
 
     return {
         "pytorch": lambda: _as_published(bench_outer_step.side(bench_outer_step.REFERENCE, problem), problem["plans"]),
@@ -256,7 +257,33 @@ def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Match
         "on one stream": lambda: adjoint(sides=0),
         "without CUDA graphs": lambda: adjoint(graphs=False),
         "bf16 planes": lambda: adjoint(bf16=True),
+        "convolutions in NCHW": lambda: _converting(adjoint()),
     }
+
+
+def _converting(call: Callable[[], Matching]) -> Callable[[], Matching]:
+    """With every convolution in torch's layout between two conversions: whether the vendor's are faster there by more.
+
+    Weights are converted too, which a step made for that layout would not need to.
+    """
+
+    def converted(convolve: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*tensors: Any, **options: Any) -> Any:
+            found = convolve(*(x.contiguous() if isinstance(x, Tensor) else x for x in tensors), **options)
+            several = found if isinstance(found, tuple) else (found,)
+            there = [x if x is None else x.contiguous(memory_format=torch.channels_last) for x in several]
+            return tuple(there) if isinstance(found, tuple) else there[0]
+
+        return run
+
+    def run() -> Matching:
+        with (
+            mock.patch.object(step.F, "conv2d", converted(F.conv2d)),
+            mock.patch.object(step, "_convolution_backward", converted(step._convolution_backward)),
+        ):
+            return call()
+
+    return run
 
 
 def _as_published(call: Callable[[], Matching], plans: list[Tensor]) -> Callable[[], Matching]:
