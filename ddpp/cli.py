@@ -200,6 +200,11 @@ def _check_dataset(args: argparse.Namespace, preset: Config) -> None:
             f"--preset {args.preset} is a setting for {own}, not for {given}: its steps and rates mean nothing there. "
             "Leave out --dataset, or give the options you want one by one."
         )
+    if preset.data.constants == "published" and given not in (None, own) and not hasattr(args, "data.constants"):
+        raise UserError(
+            f"--preset {args.preset} normalises by published constants of {own}, which are not those of a folder: add "
+            "--constants measured"
+        )
 
 
 def keep_pages() -> bool:

@@ -72,6 +72,10 @@ class ConvNetStep(Step):
         """Whether the network is made of the blocks that are written out there."""
         if not isinstance(network, Network) or not isinstance(network.features, nn.Sequential):
             return False
+        if (type(network).forward, type(network).embed) != (Network.forward, Network.embed):
+            return False
+        if not isinstance(network.classifier, nn.Linear) or network.classifier.bias is None:
+            return False
         modules = list(network.features)
         starts = range(0, len(modules), _BLOCK)
         if not modules or not all(_is_block(modules[i : i + _BLOCK], first=i == 0) for i in starts):

@@ -107,7 +107,7 @@ class Evaluation:
 
     def networks(self, jobs: Sequence[tuple[Any, ...]]) -> list[Scores]:
         """:meth:`network` for each of the arguments, or what the ledger has of it."""
-        found, parts = [], [self._part(*job) for job in jobs]
+        found, parts = [], [self._part(*job) if self.ledger else "" for job in jobs]
         calls = [partial(self._kept_or_trained, part, job) for part, job in zip(parts, jobs, strict=True)]
         for part, tested in zip(parts, training.side_by_side(calls, self.device), strict=True):
             if self.ledger:
@@ -222,14 +222,19 @@ def networks_on(
     """
     config = config or Config()
     check(config, dataset)
-    if held.images.shape[1:] != dataset.shape:
-        raise UserError(f"images must be [N, {', '.join(map(str, dataset.shape))}], got {list(held.images.shape)}")
+    images, labels = held.images.detach(), held.labels.detach()
+    if images.shape[1:] != dataset.shape or images.dtype != torch.float32:
+        shape = ", ".join(map(str, dataset.shape))
+        raise UserError(f"images must be float32 [N, {shape}], got {images.dtype} {list(images.shape)}")
+    held = Synthetic(images, labels, held.step_size.detach())
     groups = augment.groups_for(config.augment.strategy, dataset.strategy)
-    images = config.evaluate.networks * config.evaluate.epochs * len(held.images)
-    with training.images_bar("evaluate", images) as progress:
+    count = config.evaluate.networks * config.evaluate.epochs * len(images)
+    with training.images_bar("evaluate", count) as progress, torch.enable_grad():
         evaluation = Evaluation(config, dataset, groups, torch.device(device), progress)
-        model = next(iter(config.evaluate.models), config.model.model)
-        return evaluation.distilled(model, held, evaluation.recipe(held))
+        recipe, model = evaluation.recipe(held), next(iter(config.evaluate.models), config.model.model)
+        if not recipe.lr > 0:
+            raise UserError(f"the step size must be positive, got {recipe.lr}; it is the networks' learning rate")
+        return evaluation.distilled(model, held, recipe)
 
 
 def check(config: Config, dataset: Dataset) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -16,8 +15,7 @@ from ddpp.errors import UserError, nearest
 
 T = TypeVar("T")
 
-_plugins: dict[str, str] = {}  # by name the digests of those that were loaded
-_loading = ""  # digest of the one that is being loaded
+_plugins: set[str] = set()  # digests of the files that registered something
 
 
 class Registry(Generic[T]):
@@ -38,7 +36,7 @@ class Registry(Generic[T]):
         def enter(entry: T) -> T:
             if name in self._entries:
                 raise KeyError(f"{self.kind} {name!r} is registered twice")
-            self._entries[name], self._sources[name] = entry, _loading
+            self._entries[name], self._sources[name] = entry, _source(entry)
             return entry
 
         return enter
@@ -63,8 +61,19 @@ class Registry(Generic[T]):
 
 
 def plugins() -> list[str]:
-    """Digests of the files of the plugins that were loaded, sorted. What these import is not looked at."""
-    return sorted(set(_plugins.values()))
+    """Digests of the files of plugins that registered something, sorted. What these import is not looked at."""
+    return sorted(_plugins)
+
+
+def _source(entry: object) -> str:
+    """A digest of the file that defines a plugin's entry; empty for one of ddpp's own."""
+    name = getattr(entry, "__module__", None) or ""
+    if name.partition(".")[0] == __package__:
+        return ""
+    file = getattr(sys.modules.get(name), "__file__", None)
+    digest = hashlib.sha256(Path(file).read_bytes() if file else name.encode()).hexdigest()
+    _plugins.add(digest)
+    return digest
 
 
 def load_plugins(names: Iterable[str]) -> None:
@@ -79,32 +88,14 @@ def load_plugins(names: Iterable[str]) -> None:
     for name in names:
         try:
             if name.endswith(".py"):
-                path = Path(name).resolve()
-                with _as_source(str(path), path):
-                    _run_file(path)
+                _run_file(Path(name).resolve())
             else:
-                found = importlib.util.find_spec(name)
-                with _as_source(name, Path(found.origin) if found and found.origin else None):
-                    importlib.import_module(name)
+                importlib.import_module(name)
         except Exception as e:
             lines = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(e.__traceback__)]
             own = [line for line in lines if not line.startswith(("<frozen", __file__, importlib.__file__))]
             at = f" at {own[-1]}" if own else ""
             raise UserError(f"--plugins {name} cannot be loaded: {type(e).__name__}: {e}{at}") from e
-
-
-@contextlib.contextmanager
-def _as_source(name: str, path: Path | None) -> Iterator[None]:
-    """What is registered within the block is of this file."""
-    global _loading
-    known = path is not None and path.is_file()
-    digest = hashlib.sha256(path.read_bytes() if path and known else name.encode()).hexdigest()
-    before, _loading = _loading, digest
-    try:
-        yield
-    finally:
-        _loading = before
-    _plugins.setdefault(name, digest)
 
 
 def _run_file(path: Path) -> None:

@@ -61,11 +61,14 @@ def _draw_images(folder: Path) -> None:
 
 
 def _canvas(images: Tensor, transform: data.Transform, classes: int) -> NDArray[np.float32]:
-    """Images [classes * ipc, C, H, W], class by class, as one picture [height, width, 3] of limited size."""
+    """Images [classes * ipc, C, H, W], class by class, as one picture [height, width, 3] of limited size.
+
+    Of two channels the first is shown, of more than three the first three.
+    """
     ipc, (channels, height, width) = len(images) // classes, images.shape[1:]
     chosen = images.reshape(classes, ipc, channels, height, width)[:COLUMNS, :ROWS]
     grid = data.to_pixels_from(transform, chosen.flatten(0, 1)).view_as(chosen)
-    grid = grid.expand(-1, -1, 3, -1, -1) if channels == 1 else grid[:, :, :3]
+    grid = grid[:, :, :3] if channels > 2 else grid[:, :, :1].expand(-1, -1, 3, -1, -1)
     framed = np.ones((*grid.shape[:3], height + 2, width + 2), np.float32)
     framed[..., 1:-1, 1:-1] = grid.cpu().numpy()
     tall, wide = grid.shape[1] * (height + 2), grid.shape[0] * (width + 2)

@@ -332,7 +332,7 @@ def open_folder(path: Path, config: Config, data: dict[str, Any], *, resume: boo
 def _check_folder(path: Path, config: Config, data: dict[str, Any], resume: bool) -> None:
     """Refuses a run folder that holds another run, or this one without ``resume``."""
     if (path / "config.toml").is_file():
-        check_same_run(path, config, OF_THE_MACHINE if resume else ())
+        check_same_run(path, config, OF_THE_MACHINE if resume else ("run.plugins",))
         if not resume:
             finished = (path / "results.json").is_file()
             advice = "a finished run. Choose" if finished else "an unfinished run. Continue it with --resume, or choose"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-_GLOBAL = threading.Lock()  # all threads share torch's global generator
+_GLOBAL = threading.RLock()  # all threads share torch's global generator
 
 
 def derive(seed: int, *key: str | int) -> int:

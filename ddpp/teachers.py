@@ -97,7 +97,7 @@ def folder_of(config: Config, dataset: Dataset) -> Path:
     parts = [dataset.name, *([dataset.preprocessing] if dataset.preprocessing != "channel" else [])]
     options = models.describe(config.model, dataset.shape)
     parts.append(options.pop("model"))
-    if source := options.pop("source", None):
+    if source := options.pop("plugin", None):
         parts.append(source[:8])
     parts += [f"{name[0]}{value}" for name in ("depth", "width") if (value := options.pop(name, None))]
     usual = asdict(type(config.model)())

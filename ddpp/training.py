@@ -126,16 +126,17 @@ def fit(
 def _check_labels(model: nn.Module, images: Tensor | Images, labels: Tensor) -> None:
     if len(images) == 0 or len(labels) != len(images):
         raise UserError(f"training needs one label an image, got {len(images)} and {len(labels)}")
-    classes = model.classifier.out_features if isinstance(model, Network) else None
-    if labels.is_floating_point():
+    classes = model.classes if isinstance(model, Network) else None
+    soft = labels.is_floating_point()
+    if soft:
         fits, found = labels.ndim == 2 and classes in (None, labels.shape[1]), list(labels.shape)
     else:
         found = [int(labels.min()), int(labels.max())]
         fits = labels.ndim == 1 and found[0] >= 0 and (classes is None or found[1] < classes)
-    if not fits:
+    if not fits or labels.dtype not in (torch.int64, torch.float32, torch.float64):
         raise UserError(
-            f"labels must be classes [N] from 0 to {classes - 1 if classes else 'K - 1'}, or soft ones "
-            f"[N, {classes or 'K'}], got {'soft ones' if labels.is_floating_point() else 'classes from and to'} {found}"
+            f"labels must be classes [N] int64 from 0 to {classes - 1 if classes else 'K - 1'}, or soft ones "
+            f"[N, {classes or 'K'}], got {labels.dtype} {'soft ones' if soft else 'from and to'} {found}"
         )
 
 

@@ -247,9 +247,7 @@ class _Unroll(NamedTuple):
         self._check_steps()
 
     def _check_labels(self) -> None:
-        labels, classes = self.labels, None
-        if isinstance(self.network, Network):
-            classes = self.network.classifier.out_features
+        labels, classes = self.labels, self.network.classes if isinstance(self.network, Network) else None
         if len(labels) != len(self.images):
             raise UserError(f"labels must be as many as images ({len(self.images)}), got {len(labels)}")
         soft = labels.is_floating_point()
@@ -373,10 +371,15 @@ def matching_gradients(
     step = (step or provider(network, "auto" if fused else "autograd")).on(start.device)
     drawn = [None] * len(batches) if plans is None else plans
     with torch.inference_mode(False), torch.enable_grad():  # also where the caller records nothing
-        given = start.detach(), target.detach(), images.detach(), labels.detach(), lr.detach(), batches, drawn
+        given = _cut(start), _cut(target), _cut(images), _cut(labels), _cut(lr), batches, drawn
         u = _Unroll(network, *given, epsilon, fused, step, checkpoint_every, distance, graphs)
         u.check()
         return ENGINES[engine](u.until_nearest() if nearest_step else u)
+
+
+def _cut(tensor: Tensor) -> Tensor:
+    """Without a graph, where autograd may use it."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _unrolled(u: _Unroll) -> Matching:

@@ -75,6 +75,7 @@ def test_tf32_is_off_unless_asked_for(argv: list[str], on: bool, capsys: pytest.
         (["--winograd", "3"], "--winograd: run.winograd must be one of 0, 2, 4, got 3"),
         (["--preset", "mtt-cifar10-ip10"], "unknown preset 'mtt-cifar10-ip10'; did you mean 'mtt-cifar10-ipc10'?"),
         (["--preset", "dm-cifar10-ipc1", "--dataset", "digits"], "is a setting for cifar10, not for digits"),
+        (["--preset", "dm-cifar10-ipc1", "--dataset", "folder"], "not those of a folder: add --constants measured"),
         (["--config", "absent.toml"], "cannot read the configuration file absent.toml"),
     ],
 )

@@ -68,6 +68,10 @@ def read(tree: Path, **options: Any) -> data.Dataset:
 def test_hidden_folders_are_no_classes(tree: Path) -> None:
     (tree / "train" / ".ipynb_checkpoints").mkdir()
     assert read(tree).classes == ("cat", "dog")
+    for part in ("train", "test"):
+        (tree / "hidden" / part / ".cat").mkdir(parents=True)
+    with pytest.raises(UserError, match="its folders are hidden; expected images in"):
+        read(tree / "hidden")
 
 
 def test_digits() -> None:

@@ -1,5 +1,6 @@
 """The ConvNet's step on dual numbers, against reverse over reverse of the plain network."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -126,3 +127,18 @@ def test_other_networks_do_not_suit(options: dict[str, Any]) -> None:
 def test_wrong_names_and_tiles(name: str, tile: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         provider(network(), name, tile=tile)
+
+
+class Doubled(models.Network):
+    def forward(self, images: Tensor) -> Tensor:
+        return 2 * super().forward(images)
+
+
+def test_a_network_that_does_more_than_its_blocks_is_not_written_out() -> None:
+    plain = models.build(ModelConfig(width=8, depth=1), (3, 8, 8), 2, seed=0)
+    assert ConvNetStep.suits(plain)
+    assert not ConvNetStep.suits(Doubled(plain.features, 8 * 4 * 4, 2))
+    without_bias, deeper = (copy.deepcopy(plain) for _ in range(2))
+    without_bias.classifier = nn.Linear(8 * 4 * 4, 2, bias=False)
+    deeper.classifier = nn.Sequential(plain.classifier, nn.Linear(2, 2))  # type: ignore[assignment]
+    assert not ConvNetStep.suits(without_bias) and not ConvNetStep.suits(deeper)

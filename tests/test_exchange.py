@@ -74,8 +74,13 @@ def test_a_set_in_a_program_of_ones_own_is_tested_as_a_run_is(run: Path, digits:
     tested = evaluate.networks_on(held, digits, settings)
     assert [scores.test for scores in tested] == figures(run, "dm") and all(scores.finite for scores in tested)
     wrong = synthetic.Synthetic(held.images[:, :, :4], held.labels, held.step_size)
-    with pytest.raises(UserError, match=r"images must be \[N, 1, 8, 8\], got \[20, 1, 4, 8\]"):
+    learned = synthetic.Synthetic(held.images.clone().requires_grad_(), held.labels, held.step_size)
+    with torch.no_grad():
+        assert evaluate.networks_on(learned, digits, settings) == tested
+    with pytest.raises(UserError, match=r"images must be float32 \[N, 1, 8, 8\], got torch.float32 \[20, 1, 4, 8\]"):
         evaluate.networks_on(wrong, digits, settings)
+    with pytest.raises(UserError, match=r"the step size must be positive, got -1\.0"):
+        evaluate.networks_on(synthetic.Synthetic(held.images, held.labels, torch.tensor(-1.0)), digits, settings)
 
 
 def brought_there(export: Path, pixels: Tensor) -> Tensor:
@@ -255,6 +260,7 @@ def test_the_preset_that_a_set_was_made_by_gives_the_protocol(preset: str, tmp_p
     for part in ("train", "test"):
         data.pictures.write(tmp_path / part, torch.rand(40, 3, 8, 8), ["cat", "dog"])
     options = ["--preset", preset, "--dataset", "folder", "--data-root", str(tmp_path), "--ipc", "2"]
+    options += ["--constants", "measured"]
     values = config.read_preset(preset)
     soft = values["distill"].get("labels") == "soft"
     labels = saved(tmp_path / "labels.pt", torch.randn(4, 2) if soft else torch.tensor([0, 0, 1, 1]))

@@ -1,13 +1,15 @@
 """Methods, data sets and architectures of a file that is not part of the package."""
 
+import hashlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from ddpp import config, data, distill, evaluate, models, registry, runs, teachers
+from ddpp import config, data, distill, evaluate, models, registry, runs, synthetic, teachers, training
 from ddpp.data import DATASETS
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, own_options
@@ -67,7 +69,7 @@ def registries_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     for table in (METHODS, DATASETS, MODELS):
         monkeypatch.setattr(table, "_entries", dict(table._entries))
         monkeypatch.setattr(table, "_sources", dict(table._sources))
-    monkeypatch.setattr(registry, "_plugins", {})
+    monkeypatch.setattr(registry, "_plugins", set())
 
 
 @pytest.fixture
@@ -214,7 +216,7 @@ def test_teachers_are_of_one_network(tmp_path: Path, capsys: pytest.CaptureFixtu
     folders.append(teachers.folder_of(settings, dataset))
     assert len(set(folders)) == 3
     assert teachers.main(train) == 2
-    assert "source" in capsys.readouterr().err
+    assert "plugin is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -276,3 +278,63 @@ def test_a_run_finds_its_plugin_from_another_folder(
     (tmp_path / "other" / "means.py").write_text("raise ValueError('another')", encoding="utf-8")
     monkeypatch.chdir(tmp_path / "other")
     assert evaluate.main(["../run"]) == 0
+
+
+def test_a_network_of_a_package_is_known_by_the_file_that_defines_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "__init__.py").write_text("from own_package import net\n", encoding="utf-8")
+    path = tmp_path / "own_package" / "net.py"
+    path.write_text(OWN_DATA_AND_NETWORK, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    load_plugins(["own_package"])
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert MODELS.source("one-layer") == digest and registry.plugins() == [digest]
+    assert MODELS.source("convnet") == ""
+
+
+MORE_NETWORKS = """
+from torch import nn
+from ddpp import models
+from ddpp.config import ModelConfig
+from ddpp.models import MODELS, Network
+
+
+@MODELS.register("weight-norm")
+def weight_norm(config, shape, classes):
+    first = nn.utils.parametrizations.weight_norm(nn.Conv2d(shape[0], 8, 3))
+    nn.utils.weight_norm(conv := nn.Conv2d(8, 8, 3))
+    return Network(nn.Sequential(first, conv, nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1)), 8, classes)
+
+
+@MODELS.register("two-heads")
+def two_heads(config, shape, classes):
+    network = models.build(ModelConfig(width=8, depth=1), shape, classes, seed=1)
+    network.classifier = nn.Sequential(network.classifier, nn.Linear(classes, classes))
+    return network
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("name", ["weight-norm", "two-heads"])
+def test_networks_of_other_kinds_train(name: str, tmp_path: Path) -> None:
+    """Parametrised, with statistics, of others, and with more than one linear layer at the end."""
+    path = tmp_path / "more.py"
+    path.write_text(MORE_NETWORKS, encoding="utf-8")
+    load_plugins([str(path)])
+    network = models.build(config.ModelConfig(model=name), (1, 8, 8), 2, seed=0)
+    assert all(buffer.eq(0).all() for key, buffer in network.named_buffers() if key.endswith("running_mean"))
+    images, labels = torch.randn(6, 1, 8, 8), torch.arange(6) % 2
+    assert training.fit(network, images, labels, training.Recipe(2, lr=0.1), seed=0, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_of_other_than_one_or_three_channels(channels: int, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_DATA_AND_NETWORK.replace("zeros(40, 1", f"zeros(40, {channels}"), encoding="utf-8")
+    own = ["--plugins", str(path), "--dataset", "stripes", "--teachers-folder", str(tmp_path / "teachers")]
+    assert distill.main([*own, *TEACHERS, *SHORT, "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "images.png").is_file()
+    held, _ = synthetic.load(tmp_path / "run" / "synthetic.safetensors")
+    assert held.images.shape == (2, channels, 8, 8)

@@ -221,7 +221,12 @@ def test_labels_must_match_the_images() -> None:
 def test_labels_must_be_classes_of_the_network(fused: bool) -> None:
     images, labels = examples()
     soft = torch.zeros(len(images), 7)
-    for wrong, found in ((labels - 1, r"classes from and to \[-1"), (labels + 1, r"to \[1, 3\]"), (soft, r"\[30, 7\]")):
-        message = r"labels must be classes \[N\] from 0 to 2, or soft ones \[N, 3\], got .*" + found
+    for wrong, found in (
+        (labels - 1, r"to \[-1"),
+        (labels + 1, r"to \[1, 3\]"),
+        (soft, r"\[30, 7\]"),
+        (labels.int(), "int32"),
+    ):
+        message = r"labels must be classes \[N\] int64 from 0 to 2, or soft ones \[N, 3\], got .*" + found
         with pytest.raises(UserError, match=message):
             training.fit(network(), images, wrong, Recipe(1, lr=0.1), seed=0, device=CPU, fused=fused)

@@ -76,6 +76,8 @@ def _list(part: Path, chosen: Collection[str] = ()) -> _Listing:
     reader = library("torchvision.datasets.folder")
     try:
         classes = [name for name in reader.find_classes(str(part))[0] if not name.startswith(".")]
+        if not classes:
+            raise FileNotFoundError("its folders are hidden")
         for name in (name for name in chosen if name not in classes):
             raise UserError(f"--classes {name}: {part} has no such class{nearest(name, classes)}")
         classes = sorted(set(chosen)) or classes

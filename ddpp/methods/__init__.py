@@ -66,8 +66,11 @@ class Update(NamedTuple):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or value.shape != shape:
                 raise UserError(f"the method's update must have {name} as a tensor {list(shape)}, got {_told(value)}")
-            if name in ("images", "labels") and value.dtype != now.images.dtype:
+            if name != "kept" and value.dtype != now.images.dtype:
                 raise UserError(f"the method's update must have {name} as {now.images.dtype}, got {value.dtype}")
+        for name in ("memory", "note"):
+            if not isinstance(getattr(self, name), dict):
+                raise UserError(f"the method's update must have {name} as a dict, got {_told(getattr(self, name))}")
         for name, value in self.memory.items():
             if not isinstance(value, Tensor):
                 raise UserError(f"the method's memory must hold tensors, got {_told(value)} as {name!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -45,7 +44,7 @@ def describe(config: ModelConfig, shape: Shape) -> dict[str, Any]:
     Of a plugin's all options count, and a digest of its file.
     """
     if source := MODELS.source(config.model):
-        return {**asdict(config), "source": source}
+        return {"plugin": source, **asdict(config)}
     if config.model != "convnet":
         return {"model": config.model}
     return asdict(replace(config, depth=config.depth or convnet.default_depth(shape[1])))
@@ -55,15 +54,17 @@ def _check_network(network: Network, name: str, shape: Shape, classes: int) -> N
     """What an architecture of one's own may get wrong."""
     if not isinstance(network, Network):
         raise UserError(f"model {name!r} must give a ddpp.models.Network, got {type(network).__name__}")
-    tried = copy.deepcopy(network)  # a batch changes the statistics of some
+    statistics = [(b, b.clone()) for b in network.buffers()]  # which a batch may change
     with seeds.in_global_generator(0), torch.no_grad():
         before = torch.get_rng_state()
         try:
-            logits = tried(torch.zeros(2, *shape))
+            logits = network(torch.zeros(2, *shape))
         except (RuntimeError, ValueError, TypeError, IndexError) as e:
             reason = (str(e) or type(e).__name__).splitlines()[0]
             raise UserError(f"model {name!r} fails on images {[2, *shape]}: {reason}") from e
         drawn = not torch.equal(before, torch.get_rng_state())
+        for buffer, value in statistics:
+            buffer.copy_(value)
     if logits.shape != (2, classes):
         raise UserError(f"model {name!r} must give logits [2, {classes}] of 2 images, got {list(logits.shape)}")
     if drawn:

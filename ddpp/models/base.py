@@ -24,6 +24,11 @@ class Network(nn.Module):
         self.features = features
         self.classifier = nn.Linear(width, classes)
 
+    @property
+    def classes(self) -> int | None:
+        """K, where the classifier is one linear layer."""
+        return getattr(self.classifier, "out_features", None)
+
     def embed(self, images: Tensor) -> Tensor:
         """What the classifier sees of images [N, C, H, W]. [N, F]"""
         return self.features(images).flatten(1)
