@@ -6,6 +6,8 @@ import json
 import re
 import statistics
 import time
+import tomllib
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from ddpp import cli, data, distill, reproduce, runs
+from ddpp import config as configuration
 
 TINY = {
     1: {
@@ -253,3 +256,16 @@ def test_every_quick_preset_is_a_cell() -> None:
                 cell, reproduce.Config().with_values({"data": {"dataset": dataset}}, ""), "quick"
             )
             assert values["distill"]["method"] == method and values["data"]["dataset"] == dataset
+
+
+def test_presets_and_tables_tell_the_same_published_figures() -> None:
+    tables = tomllib.loads((resources.files("ddpp") / "published.toml").read_text(encoding="utf-8"))
+    shared = 0
+    for name in configuration.preset_names():
+        method, dataset, ipc = name.split("-")
+        figure = tables.get(dataset, {}).get(method, {}).get(ipc.removeprefix("ipc"))
+        if figure:
+            shared += 1
+            told = tomllib.loads((resources.files("ddpp") / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
+            assert told["published"].startswith(f"{figure} %"), name
+    assert shared > 50
