@@ -56,6 +56,7 @@ TEACHERS = ["--teachers-count", "1", "--teachers-epochs", "3", "--max-start-epoc
 WRONG_UPDATES = {
     "images=gradient.double()": "must have images as torch.float32, got torch.float64",
     "images=gradient[:1]": r"must have images as a tensor \[10, 1, 8, 8\], got \[1, 1, 8, 8\]",
+    "loss=torch.tensor(1)": "must have loss as a floating point number, got torch.int64",
     "loss=1.5": r"must have loss as a tensor \[\], got float 1.5",
     "kept=fixed + torch.ones(1)": r"must have kept as a tensor \[\], got \[1\]",
     "labels=torch.zeros(10, 10)": "has labels, but the set's are fixed; they need --labels soft",

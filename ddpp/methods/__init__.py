@@ -66,8 +66,10 @@ class Update(NamedTuple):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or value.shape != shape:
                 raise UserError(f"the method's update must have {name} as a tensor {list(shape)}, got {_told(value)}")
-            if name != "kept" and value.dtype != now.images.dtype:
+            if name in ("images", "labels", "step_size") and value.dtype != now.images.dtype:
                 raise UserError(f"the method's update must have {name} as {now.images.dtype}, got {value.dtype}")
+            if name == "loss" and not value.is_floating_point():
+                raise UserError(f"the method's update must have loss as a floating point number, got {value.dtype}")
         for name in ("memory", "note"):
             if not isinstance(getattr(self, name), dict):
                 raise UserError(f"the method's update must have {name} as a dict, got {_told(getattr(self, name))}")
