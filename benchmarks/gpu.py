@@ -39,9 +39,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from ddpp import augment
 from ddpp.gpu import CudaGraphs, Graphs
-from ddpp.ops import convnet as step
+from ddpp.ops import convnet, dsa_augment, masked_match_loss
 from ddpp.ops import dsa as in_torch
-from ddpp.ops import dsa_augment, masked_match_loss
 from ddpp.ops import norm_pool as faces
 from ddpp.ops._streams import SIDES
 from ddpp.unroll import Matching, matching_gradients, provider
@@ -247,9 +246,9 @@ def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Match
     on_gpu = problem["start"].is_cuda
 
     def adjoint(graphs: bool = True, bf16: bool = False, sides: int = SIDES) -> Callable[[], Matching]:
-        of_network = provider(problem["network"], "dual", bf16=bf16)
+        step = provider(problem["network"], "dual", bf16=bf16)
         captured = Graphs(CudaGraphs(sides)) if graphs and on_gpu else None
-        return lambda: matching_gradients(**problem, step=of_network, graphs=captured)
+        return lambda: matching_gradients(**problem, step=step, graphs=captured)
 
     return {
         "pytorch": lambda: _as_published(bench_outer_step.side(bench_outer_step.REFERENCE, problem), problem["plans"]),
@@ -278,8 +277,8 @@ def _converting(call: Callable[[], Matching]) -> Callable[[], Matching]:
 
     def run() -> Matching:
         with (
-            mock.patch.object(step.F, "conv2d", converted(F.conv2d)),
-            mock.patch.object(step, "_convolution_backward", converted(step._convolution_backward)),
+            mock.patch.object(convnet.F, "conv2d", converted(F.conv2d)),
+            mock.patch.object(convnet, "_convolution_backward", converted(convnet._convolution_backward)),
         ):
             return call()
 

@@ -82,9 +82,7 @@ def narrow(name: str, row: dict[str, int]) -> bool:
     """Whether a kernel that works on packs loads or stores them in parts."""
     for pack, (whole, parts) in PACKS.items():
         if f"<{pack}" in name.replace("(int)", ""):
-            loads = row.get(whole, 0) > sum(row.get(part, 0) for part in parts)
-            stores = row.get("STG", 0) == 0 or row["STG"] < row.get(whole.replace("LDG", "STG"), 0)  # a tail has a few
-            return not (loads and stores)
+            return row.get(whole, 0) <= sum(row.get(part, 0) for part in parts) or row.get("STG", 0) > 1  # a tail's
     return False
 
 
