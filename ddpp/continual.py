@@ -26,6 +26,7 @@ from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
 from ddpp.config import Config
 from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
+from ddpp.gpu import graphs_for
 from ddpp.methods import METHODS, Problem, Selection
 from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
@@ -120,6 +121,7 @@ def _network(
         mode=config.augment.mode,
         fused=config.run.use_fused_kernels,
         tile=config.run.winograd,
+        graphs=graphs_for(config.run, device),
         on_step=on_step,
     )
     images, labels = _of_classes(dataset.test_images, dataset.test_labels, seen)

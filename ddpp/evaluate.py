@@ -24,6 +24,7 @@ from ddpp import augment, cli, data, models, registry, runs, scores, seeds, synt
 from ddpp.config import Config, ModelConfig
 from ddpp.data import Dataset, Images, policies
 from ddpp.errors import UserError
+from ddpp.gpu import graphs_for
 from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
@@ -97,6 +98,7 @@ class Evaluation:
             seed=seed,
             fused=self.config.run.use_fused_kernels,
             tile=self.config.run.winograd,
+            graphs=graphs_for(self.config.run, self.device),
             device=self.device,
             on_step=self._advance,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,32 +47,35 @@ class CudaGraphs:
 
     def __init__(self, sides: int = SIDES) -> None:
         self.sides = sides
-        self._streams: list[torch.cuda.Stream] = []  # for all graphs the same, since memory belongs to a stream
         self._pool: Any = None
 
     def __call__(self, call: Callable[[], Results]) -> tuple[Results, Callable[[], None]]:
         if CudaGraphs.failed:
             raise RuntimeError("an earlier capture failed in this process")
-        # Warmed up and captured on one stream: libraries keep memory for each that they have ever worked on.
-        self._streams = self._streams or [torch.cuda.Stream() for _ in range(1 + self.sides)]
-        main, *sides = self._streams
         current = torch.cuda.current_stream()
+        main, *sides = _streams(current.device, 1 + self.sides)
+        self._pool = self._pool or torch.cuda.MemPool()
         main.wait_stream(current)
         with side_streams(sides):
-            with torch.cuda.stream(main):
+            with torch.cuda.stream(main), torch.cuda.use_mem_pool(self._pool):  # which the graph takes over
                 for _ in range(_WARM_UP):
                     call()
             current.wait_stream(main)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=main):
+                with torch.cuda.graph(graph, pool=self._pool.id, stream=main):
                     results = call()
             except RuntimeError:
                 CudaGraphs.failed = True
                 torch.cuda.set_stream(current)  # one that broke off leaves its own
                 raise
-        self._pool = graph.pool()
         return results, graph.replay
+
+
+@cache
+def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
+    """The same for all graphs: memory belongs to a stream, and libraries keep some for each they ever worked on."""
+    return [torch.cuda.Stream(device) for _ in range(count)]
 
 
 class _Slot:

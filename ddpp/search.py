@@ -28,6 +28,7 @@ from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
 from ddpp.config import Config, ModelConfig
 from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
+from ddpp.gpu import graphs_for
 from ddpp.training import Recipe
 
 PROXIES = ("distilled", "random", "full")
@@ -136,6 +137,7 @@ def _trained(
         mode=config.augment.mode,
         fused=config.run.use_fused_kernels,
         tile=config.run.winograd,
+        graphs=graphs_for(config.run, device),
         on_step=on_step,
     )
     seconds = time.perf_counter() - began

@@ -23,6 +23,7 @@ from ddpp import augment, cli, data, models, runs, seeds, training, trajectories
 from ddpp.config import Config
 from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
+from ddpp.gpu import graphs_for
 from ddpp.models import flat
 from ddpp.training import Recipe, Standing
 from ddpp.trajectories import Begun, Trajectory
@@ -207,6 +208,7 @@ def _train_one(
         mode=config.augment.mode,
         fused=fused,
         tile=tile,
+        graphs=graphs_for(config.run, device),
         start=start,
         on_step=on_step,
         on_epoch=keep,

@@ -17,6 +17,7 @@ from ddpp import augment, seeds
 from ddpp.data import Images
 from ddpp.dual import ConvNetStep
 from ddpp.errors import UserError
+from ddpp.gpu import Graphs
 from ddpp.models import Network, flat
 from ddpp.ops import dsa_augment
 from ddpp.ops._library import implementation
@@ -75,6 +76,7 @@ def fit(
     mode: str = "one",
     fused: bool = True,
     tile: int = 2,
+    graphs: Graphs | None = None,
     start: Standing = BEGINNING,
     on_step: Callable[[int], object] | None = None,
     on_epoch: Callable[[Standing], None] | None = None,
@@ -91,6 +93,7 @@ def fit(
         fused: compiled kernels for the augmentation and for the gradient of a ConvNet that :mod:`ddpp.dual` suits,
             whose parameters become views of one flat vector; False is pure PyTorch.
         tile: side of that ConvNet's Winograd tiles on the CPU: 2, 4 (faster, less exact) or 0, none.
+        graphs: holds that ConvNet's gradient as CUDA graphs, one for each size of batch; for this training alone.
         start: where an earlier training of this network stood; the rest of it gives the same bytes as the whole.
         on_step: called after each update with the number of its images.
         on_epoch: called after each epoch.
@@ -104,7 +107,7 @@ def fit(
     _check_labels(model, images, labels)
     model.to(device).train()
     images, labels = images.to(device), labels.to(device)
-    gradients = _gradients(model, device, fused, tile)
+    gradients = _gradients(model, device, fused, tile, graphs)
     optimizer = _sgd(gradients.parameters, recipe, recipe.rate(start.epochs))
     _set_velocity(optimizer, gradients.parameters, start.velocity)
     for epoch, batches in _epochs(images.shape, recipe, seed, device, groups, mode, start.epochs):
@@ -187,20 +190,23 @@ class _Autograd:
 class _Fused:
     """The same for a ConvNet, by one flat vector, of which the network's parameters become views."""
 
-    def __init__(self, model: Network, tile: int) -> None:
+    def __init__(self, model: Network, tile: int, graphs: Graphs | None) -> None:
         self.step, self.theta = ConvNetStep(model, tile), nn.Parameter(flat.flatten(model))
+        self.gradient = partial(graphs, self.step.gradient) if graphs else self.step.gradient
         self.parameters = [self.theta]
         views = flat.unflatten(self.theta.detach(), self.step.layout)
         for name, parameter in model.named_parameters():
             parameter.data = views[name]
 
     def set(self, images: Tensor, labels: Tensor) -> None:
-        self.theta.grad = self.step.gradient(self.theta.detach(), images, labels)
+        self.theta.grad = self.gradient(self.theta.detach(), images, labels)
 
 
-def _gradients(model: nn.Module, device: torch.device, fused: bool, tile: int) -> _Autograd | _Fused:
+def _gradients(
+    model: nn.Module, device: torch.device, fused: bool, tile: int, graphs: Graphs | None
+) -> _Autograd | _Fused:
     if fused and isinstance(model, Network) and _suits(model, device):
-        return _Fused(model, tile)
+        return _Fused(model, tile, graphs)
     return _Autograd(model)
 
 

@@ -13,11 +13,12 @@ from test_unroll import problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpp import augment, data, distill, models, synthetic, unroll
+from ddpp import augment, data, distill, models, synthetic, training, unroll
 from ddpp.config import Config, DistillConfig, ModelConfig
 from ddpp.gpu import MOST_GRAPHS, CudaGraphs, Graphs, Results, send
 from ddpp.methods import METHODS, Problem, Update
 from ddpp.models import flat
+from ddpp.ops._library import implementation
 from ddpp.ops._streams import SIDES, Beside, side_streams
 from ddpp.synthetic import Synthetic
 from ddpp.unroll import matching_gradients, provider
@@ -136,9 +137,11 @@ class HalfAGpu:
         self.tried, self.current = 0, self.own_stream()
         monkeypatch.setattr(CudaGraphs, "failed", False)
         for name, value in {
-            "Stream": self.own_stream,
+            "Stream": lambda device: self.own_stream(),
             "stream": lambda stream: nullcontext(),
             "current_stream": lambda: self.current,
+            "MemPool": lambda: SimpleNamespace(id=(0, 1)),
+            "use_mem_pool": lambda pool: nullcontext(),
             "set_stream": lambda stream: setattr(self, "current", stream),
             "CUDAGraph": object,
             "graph": self.graph,
@@ -146,7 +149,7 @@ class HalfAGpu:
             monkeypatch.setattr(torch.cuda, name, value)
 
     def own_stream(self) -> Any:
-        return SimpleNamespace(wait_stream=lambda other: None)
+        return SimpleNamespace(wait_stream=lambda other: None, device=self)
 
     @contextmanager
     def graph(self, graph: Any, pool: Any, stream: Any) -> Iterator[None]:
@@ -293,6 +296,38 @@ def test_nobody_waits_when_pixels_move() -> None:
     state = distill.State.begin(held)
     with NobodyWaits():
         assert state.moved(update, DistillConfig(ema=0.5)).finite().dtype == torch.bool
+
+
+def trained(device: str, recipe: training.Recipe, graphs: Graphs | None) -> Tensor:
+    """A network's parameters after training on batches of two sizes."""
+    images = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    network = models.build(ModelConfig(width=8), (1, 8, 8), 3, seed=0).double()
+    options = {"seed": 0, "device": torch.device(device), "groups": augment.GROUPS, "mode": "all", "graphs": graphs}
+    assert training.fit(network, images, torch.arange(20) % 3, recipe, **options)
+    return flat.flatten(network)
+
+
+RECIPES = {
+    "momentum": training.Recipe(6, lr=0.05, momentum=0.9, weight_decay=0.01, batch=8, decay=True),
+    "flat minima": training.Recipe(3, lr=0.05, batch=8, sharpness_radius=0.05, sharpness_weight=0.3),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_graphs_train_to_the_same_bits(recipe: training.Recipe) -> None:
+    recorder = Recorder()
+    found, wanted = trained("cpu", recipe, Graphs(recorder)), trained("cpu", recipe, None)
+    compiled = implementation("norm_relu_pool", "cpu")[0] != "pure PyTorch"  # else autograd trains, which has no graphs
+    assert torch.equal(found, wanted) and recorder.captured == 2 * compiled
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_training_captured_on_a_gpu(recipe: training.Recipe) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a capture that failed
+        found = trained("cuda", recipe, Graphs())
+    torch.testing.assert_close(found, trained("cuda", recipe, None), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

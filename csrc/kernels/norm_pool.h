@@ -30,9 +30,9 @@ struct Dual {
 
 // The launchers of one device. S is what planes are stored as: float, double or, on CUDA, Bfloat16; all else
 // is of type T, also the arithmetic, so that a result is rounded to S once, where it is stored. Pointers are
-// to that device's memory and do not overlap, but on the CPU grad_y may be y, so that planes in cache are
-// written where they were read. Launchers return the device's error code, 0 for success. Sums over images are
-// in a fixed order.
+// to that device's memory and do not overlap, but grad_y may be y: planes are written where they were read,
+// in cache, and take no further memory. Launchers return the device's error code, 0 for success. Sums over
+// images are in a fixed order.
 template <class S>
 struct NormPool {
   using T = Arithmetic<S>;

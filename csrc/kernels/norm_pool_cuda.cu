@@ -262,9 +262,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    backward_kernel(const S* __restrict__ grad_out, const S* __restrict__ y, const T* __restrict__ scale,
-                    const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout,
-                    S* __restrict__ grad_y, T* __restrict__ grad_scale, T* __restrict__ grad_shift) {
+    backward_kernel(const S* __restrict__ grad_out, const S* y, const T* __restrict__ scale,
+                    const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout, S* grad_y,
+                    T* __restrict__ grad_scale, T* __restrict__ grad_shift) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
   const Place<T, kWidth, kBackwardKept> place(layout);

@@ -90,20 +90,32 @@ Inputs<S> random_inputs(const PlaneBatch& size, int64_t shift, double mean) {
   return in;
 }
 
+// Gradients of planes may be written over the planes.
+enum class Over { kOthers, kPlanes };
+
 template <class S>
-void run(const NormPool<S>& kernels, const Inputs<S>& in, Results<S>* r, const Queue& queue) {
+void run(const NormPool<S>& kernels, const Inputs<S>& in, Results<S>* r, const Queue& queue,
+         Over over = Over::kOthers) {
   const PlaneBatch& s = in.size;
+  const S* plain_y = in.y.value.data();
+  Dual<const S> y = in.y.data();
+  if (over == Over::kPlanes) {
+    for (S* copy : {r->plain_grad_y.data(), r->grad_y.value.data()})
+      std::copy_n(in.y.value.data(), values(s), copy);
+    std::copy_n(in.y.tangent.data(), values(s), r->grad_y.tangent.data());
+    plain_y = r->plain_grad_y.data(), y = static_cast<const Results<S>*>(r)->grad_y.data();
+  }
   Array<Arithmetic<S>> statistics(kStatistics * s.n * s.channels),
       dual_statistics(kDualStatistics * s.n * s.channels);
   Array<double> scratch((kernels.scratch_bytes(s) + 7) / 8);
-  CHECK(kernels.forward(in.y.value.data(), in.scale.value.data(), in.shift.value.data(), kEps, s,
-                        r->plain_out.data(), statistics.data(), queue) == 0);
-  CHECK(kernels.backward(in.grad.tangent.data(), in.y.value.data(), in.scale.value.data(),
-                         in.shift.value.data(), statistics.data(), s, scratch.data(), r->plain_grad_y.data(),
+  CHECK(kernels.forward(plain_y, in.scale.value.data(), in.shift.value.data(), kEps, s, r->plain_out.data(),
+                        statistics.data(), queue) == 0);
+  CHECK(kernels.backward(in.grad.tangent.data(), plain_y, in.scale.value.data(), in.shift.value.data(),
+                         statistics.data(), s, scratch.data(), r->plain_grad_y.data(),
                          r->plain_grad_scale.data(), r->plain_grad_shift.data(), queue) == 0);
-  CHECK(kernels.dual(in.y.data(), in.scale.data(), in.shift.data(), kEps, s, r->out.data(),
-                     dual_statistics.data(), queue) == 0);
-  CHECK(kernels.dual_backward(in.grad.data(), in.y.data(), in.scale.data(), in.shift.value.data(),
+  CHECK(kernels.dual(y, in.scale.data(), in.shift.data(), kEps, s, r->out.data(), dual_statistics.data(),
+                     queue) == 0);
+  CHECK(kernels.dual_backward(in.grad.data(), y, in.scale.data(), in.shift.value.data(),
                               dual_statistics.data(), s, scratch.data(), r->grad_y.data(),
                               r->grad_scale.data(), r->grad_shift.data(), queue) == 0);
 }
@@ -221,6 +233,9 @@ void check_inputs(const Setting& setting, const Inputs<S>& in, int64_t shift) {
     run(launchers<S>(setting), in, &again, queue);
     check_same_bits(first, again);
   }
+  Results<S> over(s, shift);
+  run(launchers<S>(setting), in, &over, setting.queues[0], Over::kPlanes);
+  check_same_bits(first, over);
 }
 
 // Planes of one value are normalised to 0: the gradient is that of torch's ReLU at 0 where shift is 0.

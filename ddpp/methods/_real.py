@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpp import models, seeds, training
 from ddpp.errors import UserError
-from ddpp.gpu import send
+from ddpp.gpu import graphs_for, send
 from ddpp.methods import Problem
 from ddpp.models import Network
 from ddpp.synthetic import Synthetic
@@ -70,6 +70,7 @@ def trained_network(problem: Problem, on_epoch: Callable[[Network], None] | None
             device=problem.device,
             fused=config.run.use_fused_kernels,
             tile=config.run.winograd,
+            graphs=graphs_for(config.run, problem.device),
             on_step=bar.update,
             on_epoch=None if on_epoch is None else lambda _: on_epoch(network),
         )

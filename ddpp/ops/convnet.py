@@ -236,6 +236,11 @@ def _micro_batches(images: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ..
     return zip(*(t.split(size) for t in (images, *others)), strict=True)
 
 
+def _convolved(x: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor:
+    """In the planes' layout whatever the library chose, so that gradients can be written over it."""
+    return F.conv2d(x, weight, padding=padding).contiguous(memory_format=torch.channels_last)
+
+
 def _padding(block: int, pad_y: int, pad_x: int) -> tuple[int, int]:
     return (1, 1) if block else (pad_y, pad_x)
 
@@ -341,7 +346,7 @@ def _gradient_of(
     """Writes to ``sums`` what some of n images add to the gradient."""
     seen = []
     for k, (weight, scale, shift) in enumerate(layers.blocks):
-        y = F.conv2d(x, weight, padding=_padding(k, *pad))
+        y = _convolved(x, weight, _padding(k, *pad))
         out = norm_pool.norm_relu_pool_forward(y, scale, shift, eps)
         seen.append((x, y, out.statistics))
         x = out.out
@@ -353,9 +358,9 @@ def _gradient_of(
     for k in reversed(range(len(seen))):
         (weight, scale, shift), (x, y, statistics) = layers.blocks[k], seen.pop()
         _, d_scale, d_shift = sums.blocks[k]
-        back = norm_pool.Backward(torch.empty_like(y, memory_format=torch.channels_last), d_scale, d_shift)
+        back = norm_pool.Backward(y, d_scale, d_shift)  # over the planes, which nothing else needs any more
         norm_pool.norm_relu_pool_backward(grad, y, scale, shift, statistics, out=back)
-        grad, d_weight = _convolution_gradients(back.y, x, weight, _padding(k, *pad), k > 0, of_weights)
+        grad, d_weight = _convolution_gradients(y, x, weight, _padding(k, *pad), k > 0, of_weights)
         d_weights.append(d_weight)
     of_weights.wait()
     sums.write_weights(d_weights)
@@ -434,17 +439,17 @@ def _stacked(n: int, y: Tensor, height: int, width: int) -> Tensor:
 def _dual_forward(
     images: Tensor, layers: _Layers, tangents: _Layers, pad: tuple[int, int], eps: float
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    """The last pooled planes, stacked, and of each block its input, stacked, planes, their tangents and statistics."""
+    """The last pooled planes, stacked, and of each block its input and planes, stacked, its tangents and statistics."""
     x, n, seen, beside = images, len(images), [], Beside(_ALONG)  # the images' tangent is 0: it is left out
     for k, ((weight, scale, shift), along) in enumerate(zip(layers.blocks, tangents.blocks, strict=True)):
         padding = _padding(k, *pad)
-        by_tangent, both = beside(F.conv2d, x[:n], along[0], padding=padding), F.conv2d(x, weight, padding=padding)
+        by_tangent, both = beside(_convolved, x[:n], along[0], padding), _convolved(x, weight, padding)
         beside.wait()
         y, y_tangent = (both[:n], both[n:].add_(by_tangent)) if k else (both, by_tangent)
         pooled = _stacked(n, y, y.shape[2] // 2, y.shape[3] // 2)
         out = norm_pool.Dual(pooled[:n], pooled[n:], scale.new_empty(norm_pool.DUAL_STATISTICS, *y.shape[:2]))
         norm_pool.norm_relu_pool_dual(y, y_tangent, scale, along[1], shift, along[2], eps, out=out)
-        seen.append((x, y, y_tangent, out.statistics))
+        seen.append((x, both, y_tangent, out.statistics))
         x = pooled
     return x, seen
 
@@ -461,15 +466,19 @@ def _dual_backward(
     """The gradient of the images from that of the last pooled planes; those of parameters are written to ``sums``."""
     beside, d_weights = Beside(_ALONG), []
     for k in reversed(range(len(seen))):
-        (weight, scale, shift), along, (x, y, y_tangent, statistics) = layers.blocks[k], tangents.blocks[k], seen.pop()
-        (_, d_scale, d_shift), n, padding = sums.blocks[k], len(y), _padding(k, *pad)
-        planes = _stacked(n, y, *y.shape[2:])
-        back = norm_pool.DualBackward(planes[:n], planes[n:], d_scale, d_shift)
+        (weight, scale, shift), along, (x, both, y_tangent, statistics) = (
+            layers.blocks[k],
+            tangents.blocks[k],
+            seen.pop(),
+        )
+        (_, d_scale, d_shift), n, padding = sums.blocks[k], len(y_tangent), _padding(k, *pad)
+        y = both[:n]
+        back = norm_pool.DualBackward(y, y_tangent, d_scale, d_shift)  # over the planes, as in the plain step
         norm_pool.norm_relu_pool_dual_backward(
             grads[:n], grads[n:], y, y_tangent, scale, along[1], shift, statistics, out=back
         )
-        through, _ = beside(_convolution_backward, back.y_tangent, x[:n], along[0], padding, (True, False))
-        grads, d_weight = _convolution_gradients(planes if k else back.y, x, weight, padding, True, of_weights)
+        through, _ = beside(_convolution_backward, y_tangent, x[:n], along[0], padding, (True, False))
+        grads, d_weight = _convolution_gradients(both, x, weight, padding, True, of_weights)
         beside.wait()
         grads[:n].add_(through)
         d_weights.append(d_weight)
