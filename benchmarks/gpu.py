@@ -3,9 +3,9 @@
     python benchmarks/gpu.py --out benchmarks/results/2026-01-01-device.json
 
 Prints Markdown tables and writes the same as JSON: operators with their share of the bandwidth of copying; the vendor's
-convolution in two layouts; outer steps in float32, in TF32 and with planes in bfloat16, with CUDA graphs on one stream
-and on several, and without, their memory, and how far their pixels' gradient is from float64's; and at last, since a
-profiler slows what follows it, where the time of an outer step goes, by kernel. ``--search``: outer steps and
+convolution in two layouts; trainings; outer steps in float32, in TF32 and with planes in bfloat16, with CUDA graphs on
+one stream and on several, and without, their memory, and how far their pixels' gradient is from float64's; and at last,
+since a profiler slows what follows it, where the time of an outer step goes, by kernel. ``--search``: outer steps and
 convolutions alone, with the fastest of the vendor's algorithms searched for each shape. It takes a process of its own,
 since cuDNN's plans stay: what was once called without a search is never searched.
 Every side of a case runs in turn, the second-level cache is overwritten before each call, and the median of the
@@ -37,12 +37,14 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ddpp import augment
+from ddpp import augment, models, training
+from ddpp.config import ModelConfig
 from ddpp.gpu import CudaGraphs, Graphs
 from ddpp.ops import convnet, dsa_augment, masked_match_loss
 from ddpp.ops import dsa as in_torch
 from ddpp.ops import norm_pool as faces
 from ddpp.ops._streams import SIDES
+from ddpp.training import Recipe
 from ddpp.unroll import Matching, matching_gradients, provider
 
 Side = Callable[[], object]
@@ -125,6 +127,7 @@ def dsa(device: torch.device, small: bool) -> dict[str, tuple[int, dict[str, Sid
     forward: dict[str, Side] = {
         "fused": lambda: dsa_augment(images, plan),
         "pytorch": lambda: in_torch.reference(images, plan, augment.GROUPS),  # need not look at the plan, and wait
+        "copy": images.clone,  # which of so few bytes is slower than of many
     }
 
     def backward(fused: bool) -> Side:
@@ -201,6 +204,27 @@ def _convolution(x: Tensor, weight: Tensor, grad: Tensor, layout: torch.memory_f
         )
 
     return call
+
+
+def trainings(clock: Clock, small: bool) -> Iterator[dict[str, Any]]:
+    """Of a network on a synthetic set of ten images, as in an evaluation, and on batches of many, as of teachers."""
+    for n, epochs in ((10, 2), (20, 1)) if small else ((10, 200), (5120, 10)):
+        steps, batch = epochs * -(-n // Recipe.batch), min(n, Recipe.batch)
+        for precision in _precisions(clock.device):
+            found = clock.medians(_training(n, epochs, clock.device), 1 if small else 3, ahead=False)
+            yield {"case": f"training, {steps} steps of {batch} images, {precision}", "ms": found}
+
+
+def _training(n: int, epochs: int, device: torch.device) -> dict[str, Side]:
+    images = torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    labels, network = torch.arange(n) % 10, models.build(ModelConfig(), (3, 32, 32), 10, seed=0)
+
+    def fit(graphs: bool) -> None:
+        captured = Graphs() if graphs and device.type == "cuda" else None
+        options = {"seed": 0, "device": device, "groups": augment.GROUPS, "graphs": captured}
+        training.fit(network, images, labels, Recipe(epochs, 0.01), **options)
+
+    return {"fused": lambda: fit(True), "without CUDA graphs": lambda: fit(False)}
 
 
 def _precisions(device: torch.device) -> Iterator[str]:
@@ -342,6 +366,7 @@ def rows(clock: Clock, speed: float, small: bool, search: bool) -> Iterator[dict
     """Each row of the table; what matters most comes first."""
     yield from outer_steps(clock, small)
     yield from convolutions(clock, small)
+    yield from () if search else trainings(clock, small)
     for cases in () if search else (match_loss, dsa, norm_pool):
         for name, (moved, sides) in cases(clock.device, small).items():
             found = clock.medians(sides, 3 if small else ROUNDS)
@@ -393,11 +418,13 @@ def _peaks(sides: dict[str, Callable[[], Side]], device: torch.device) -> dict[s
     for name, make in sides.items():
         gc.collect()
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(device)
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call = make()
         call()
-        found[name] = (torch.cuda.max_memory_reserved(device) - before) / 1e6
+        reserved = torch.cuda.max_memory_reserved(device) - reserved
+        allocated = torch.cuda.max_memory_allocated(device) - allocated
+        found[name] = max(reserved, allocated) / 1e6  # what was reserved before need not be reserved again
         del call
     return found
 

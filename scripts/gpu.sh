@@ -40,7 +40,7 @@ device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().
 out=$results/$(date +%F)-$device
 mkdir -p "$results"
 beside=()  # tests in several processes where pytest can
-"$python" -c 'import xdist' 2> /dev/null && beside=(-n 4)
+"$python" -c 'import xdist' 2> /dev/null && beside=(-n 8)
 
 step "build in place for $capability, with the C++ tests"
 TORCH_CUDA_ARCH_LIST="$capability" DDPP_BUILD_CUDA=1 CMAKE_ARGS="${CMAKE_ARGS:-} -DDDPP_TESTS=ON -DCMAKE_CUDA_FLAGS=-lineinfo" \
@@ -79,16 +79,16 @@ if wanted sanitize && ! command -v compute-sanitizer > /dev/null; then
   failures+=("compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin")
 elif wanted sanitize; then
   sanitize() { try "$1" compute-sanitizer --tool "$2" --error-exitcode 1 --target-processes all "${@:3}"; }
-  for tool in memcheck racecheck synccheck; do
-    step "compute-sanitizer $tool over the C++ tests"
-    for test in "$cpp"/test_*_device; do sanitize 30 $tool "$test"; done
-  done
   # The C++ tests' memory is shared with the host, whose writes initcheck does not see. Here each tensor is an allocation of its
   # own, and not filled by torch, which would write it. Many of torch's own kernels run as well, and each is made tens of times
   # slower: tests that touch every kernel.
   step "compute-sanitizer initcheck over the op contract"
   DDPP_UNWRITTEN=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize 90 initcheck \
     "$python" -m pytest -q -x -p no:cacheprovider tests/test_op_contract.py -k "cuda and (value_and_gradient or beyond_the_last)"
+  for tool in memcheck synccheck racecheck; do
+    step "compute-sanitizer $tool over the C++ tests"
+    for test in "$cpp"/test_*_device; do sanitize 120 $tool "$test"; done
+  done
 fi
 
 if wanted search; then

@@ -22,14 +22,15 @@
 #define DDPP_ALLOW_SHARED(kernel, shared_bytes) \
   cudaFuncSetAttribute((kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))
 
-// Bytes of dynamic shared memory that a block may ask for on the current device.
-inline int64_t max_shared_bytes() {
-  int device = 0, bytes = 0;
+// Of the current device; 0 if it does not say.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-    return 0;
-  return bytes;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
 }
+// Bytes of dynamic shared memory that a block may ask for.
+inline int64_t max_shared_bytes() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 #else
 #include "cuda_emul.h"

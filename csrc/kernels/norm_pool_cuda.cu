@@ -1,8 +1,8 @@
 // One block works on a group of channels of one image: thread (lane, stripe) on `lane`'s pack of channels (16
 // bytes to calculate with) at every stripe-th 2x2 window. Each plane is read once from device memory: at the
 // beginning each thread asks for all its pixels, which are copied to shared memory past the registers, so
-// that as much as fits there is on its way at once. Where planes are too large for that, every sweep reads
-// them through the caches.
+// that as much as fits there is on its way at once. Where planes are too large for that, or their sides odd,
+// every sweep reads them through the caches.
 //
 // Device memory traffic in values per value of y (P = 1/4 for a pooled plane):
 //   forward 1 + P, backward 2 + P, dual 2 + 2 P, dual_backward 4 + 2 P.
@@ -21,10 +21,19 @@ namespace ddpp {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
-constexpr int kBlocks = 2;                     // that fit on a multiprocessor together, by registers
-constexpr int64_t kMaxStaged = 96 * 1024;      // and, of the largest GPUs, by shared memory; bytes
+// Blocks that fit on a multiprocessor together, by registers: as many as need no spills.
+template <class T>
+constexpr int kForwardBlocks = sizeof(T) == 4 ? 4 : 2;
+template <class S, bool kStaged>
+constexpr int kBackwardBlocks = std::is_same_v<S, float> && kStaged ? 3 : 2;
+template <class T>
+constexpr int kDualBlocks = sizeof(T) == 4 ? 3 : 2;
+constexpr int kDualBackwardBlocks = 2;
+constexpr int64_t kMaxStaged = 96 * 1024;      // two of them, of the largest GPUs, by shared memory; bytes
 constexpr int64_t kDefaultShared = 48 * 1024;  // that need no permission
-constexpr int64_t kSector = 32;                // that device memory gives at once
+constexpr int64_t kSector = 32, kLine = 128;   // bytes that device memory gives at once, that caches look up
+constexpr int kFewWindows = 2;                 // of a thread
+constexpr int kEnoughBlocks = 2;               // of a multiprocessor
 // Packs of a window in shared memory: four of each plane, one of each pooled plane.
 constexpr int kForwardKept = 4, kBackwardKept = 4 + 1, kDualKept = 2 * 4, kDualBackwardKept = 2 * (4 + 1);
 
@@ -93,8 +102,8 @@ struct Layout {
 };
 
 // A thread's place; it keeps kKept packs of each window in shared memory. Threads beyond the last channel do
-// nothing, but reach every barrier.
-template <class T, int kWidth, int kKept>
+// nothing, but reach every barrier. kEven: no window is partly outside.
+template <class T, int kWidth, int kKept, bool kEven>
 struct Place {
   using V = Pack<T, kWidth>;
 
@@ -134,8 +143,8 @@ struct Place {
   DDPP_INLINE void windows(const F& window) const {
     if (!active) return;
     for (int y = first_y, x = first_x, slot = 0; y < layout.tall; slot += kKept) {
-      const Window at{plane + 2 * (y * layout.row + x * layout.channels), 2 * x + 1 < layout.width,
-                      2 * y + 1 < layout.height, slot};
+      const Window at{plane + 2 * (y * layout.row + x * layout.channels), kEven || 2 * x + 1 < layout.width,
+                      kEven || 2 * y + 1 < layout.height, slot};
       const bool whole = at.right && at.below;
       window(at, whole ? pooled + (y * (layout.width / 2) + x) * layout.channels : int64_t{-1});
       y += layout.down;
@@ -188,8 +197,8 @@ struct Plane {
 };
 
 // Replaces each of the sums by the sum over the block's threads of the same lane.
-template <int kSums, class T, int kWidth, int kKept>
-DDPP_INLINE void sum_stripes(Pack<T, kWidth> (&sums)[kSums], const Place<T, kWidth, kKept>& place,
+template <int kSums, class T, int kWidth, int kKept, bool kEven>
+DDPP_INLINE void sum_stripes(Pack<T, kWidth> (&sums)[kSums], const Place<T, kWidth, kKept, kEven>& place,
                              Pack<T, kWidth>* scratch) {
   const int lanes = place.layout.lanes, warp = static_cast<int>(threadIdx.x) / kWarpSize;
   for (int s = 0; s < kSums; ++s) {
@@ -207,8 +216,8 @@ DDPP_INLINE void sum_stripes(Pack<T, kWidth> (&sums)[kSums], const Place<T, kWid
   __syncthreads();  // scratch may be used again
 }
 
-template <class T, int kWidth, int kKept>
-DDPP_INLINE Norm<Pack<T, kWidth>> saved_norm(const Place<T, kWidth, kKept>& place, const T* statistics,
+template <class T, int kWidth, int kKept, bool kEven>
+DDPP_INLINE Norm<Pack<T, kWidth>> saved_norm(const Place<T, kWidth, kKept, kEven>& place, const T* statistics,
                                              const T* scale, const T* shift) {
   return {place.saved(statistics, kMean), place.saved(statistics, kRest), place.saved(statistics, kRstd),
           place.of_channel(scale), place.of_channel(shift)};
@@ -221,12 +230,12 @@ DDPP_INLINE Stored<S, kWidth>* behind_sums(Pack<T, kWidth>* shared, const Layout
 }
 
 template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<T>)
     forward_kernel(const S* __restrict__ y, const T* __restrict__ scale, const T* __restrict__ shift, T eps,
                    Layout layout, S* __restrict__ out, T* __restrict__ statistics) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
-  const Place<T, kWidth, kForwardKept> place(layout);
+  const Place<T, kWidth, kForwardKept, kStaged> place(layout);
   const Plane<S, kWidth, kStaged> planes{y, behind_sums<S>(shared, layout, 2)};
   place.pixels([&](int64_t at, int slot) { planes.fetch(at, slot); });
   const V start =
@@ -261,13 +270,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<S, kStaged>)
     backward_kernel(const S* __restrict__ grad_out, const S* y, const T* __restrict__ scale,
                     const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout, S* grad_y,
                     T* __restrict__ grad_scale, T* __restrict__ grad_shift) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
-  const Place<T, kWidth, kBackwardKept> place(layout);
+  const Place<T, kWidth, kBackwardKept, kStaged> place(layout);
   auto* const stage = behind_sums<S>(shared, layout, 2);
   const Plane<S, kWidth, kStaged> planes{y, stage}, grads{grad_out, stage + 4 * kThreads};
   place.windows([&](const auto& window, int64_t pooled) {
@@ -299,12 +308,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kDualBlocks<T>)
     dual_kernel(Dual<const S> y, Dual<const T> scale, Dual<const T> shift, T eps, Layout layout, Dual<S> out,
                 T* __restrict__ statistics) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
-  const Place<T, kWidth, kDualKept> place(layout);
+  const Place<T, kWidth, kDualKept, kStaged> place(layout);
   auto* const stage = behind_sums<S>(shared, layout, 4);
   const Plane<S, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + 4 * kThreads};
   place.pixels([&](int64_t at, int slot) {
@@ -356,13 +365,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, kDualBackwardBlocks)
     dual_backward_kernel(Dual<const S> grad_out, Dual<const S> y, Dual<const T> scale,
                          const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout,
                          Dual<S> grad_y, T* __restrict__ grad_scale, T* __restrict__ grad_shift) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
-  const Place<T, kWidth, kDualBackwardKept> place(layout);
+  const Place<T, kWidth, kDualBackwardKept, kStaged> place(layout);
   auto* const stage = behind_sums<S>(shared, layout, 5);
   const Plane<S, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + 4 * kThreads},
       us{grad_out.value, stage + 8 * kThreads}, vs{grad_out.tangent, stage + 9 * kThreads};
@@ -455,11 +464,17 @@ Launch make_launch(const PlaneBatch& size, int sums, int kept) {
   int lanes = 1;
   while (lanes < kWarpSize && lanes < packs && (lanes * kBytes < kSector || lanes * windows < kThreads))
     lanes *= 2;
-  const int groups = static_cast<int>((packs + lanes - 1) / lanes);
+  const auto groups_of = [&](int lanes) { return static_cast<int>((packs + lanes - 1) / lanes); };
+  // Up to a line where shared memory and the number of blocks allow it: of narrower pieces the second-level
+  // cache has more to look up than it can.
+  while (lanes < kWarpSize && lanes < packs && lanes * kBytes < kLine && 2 * lanes * windows <= kFewWindows * kThreads &&
+         size.n * groups_of(2 * lanes) >= kEnoughBlocks * multiprocessors())
+    lanes *= 2;
+  const int groups = groups_of(lanes);
   const int stripes = kThreads / lanes, each = (windows + stripes - 1) / stripes;
   const int64_t scratch = kSumBytes * kWarps * lanes * sums;
   const int64_t staged = scratch + kBytes * kThreads * each * kept;
-  const bool fits = staged <= most_staged();
+  const bool even = size.height % 2 == 0 && size.width % 2 == 0, fits = even && staged <= most_staged();
   const Layout layout{size.channels,
                       size.width * size.channels,
                       static_cast<int>(size.height),

@@ -501,3 +501,4 @@ inline cudaError_t cudaGetLastError() {
 #define DDPP_ALLOW_SHARED(kernel, shared_bytes) (::ddpp_emul::allow_shared((kernel), (shared_bytes)))
 
 inline int64_t max_shared_bytes() { return static_cast<int64_t>(ddpp_emul::max_shared); }
+inline int multiprocessors() { return 4; }

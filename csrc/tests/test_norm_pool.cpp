@@ -343,10 +343,12 @@ void check_all(const Setting& setting) {
   check_inputs(setting, random_inputs<S>({0, 3, 4, 4}, 0, 0), 0);
   check_inputs(setting, random_inputs<S>({17, 8, 2, 3}, 0, 0), 0);
   check_inputs(setting, random_inputs<S>({3, 36, 32, 33}, 0, 0), 0);
+  check_inputs(setting, random_inputs<S>({2, 36, 32, 32}, 0, 1), 0);
   check_inputs(setting, random_inputs<S>({2, 8, 9, 8}, 0, 1000), 0);  // a large mean
-  check_inputs(setting, random_inputs<S>({1, 4, 71, 64}, 0, 2), 0);
-  check_inputs(setting, random_inputs<S>({1, 4, 71, 160}, 0, 0), 0);   // beyond shared memory, in packs
-  check_inputs(setting, random_inputs<S>({1, 1, 225, 224}, 0, 0), 0);  // and in single values
+  check_inputs(setting, random_inputs<S>({1, 4, 72, 64}, 0, 2), 0);
+  check_inputs(setting, random_inputs<S>({1, 4, 72, 160}, 0, 0), 0);   // beyond shared memory, in packs
+  check_inputs(setting, random_inputs<S>({1, 1, 226, 224}, 0, 0), 0);  // and in single values
+  check_inputs(setting, random_inputs<S>({8, 36, 16, 16}, 0, 0), 0);   // enough blocks for wide ones
   check_constant_planes<S>(setting);
   for (const int64_t channels : {35, 36}) check_nan_shows<S>(setting, channels);
 }
