@@ -22,6 +22,8 @@
 #define DDPP_ALLOW_SHARED(kernel, shared_bytes) \
   cudaFuncSetAttribute((kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))
 
+constexpr unsigned kMaxGridRows = 65535;  // blocks of a grid in y, and in z
+
 // Of the current device; 0 if it does not say.
 inline int device_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;

@@ -21,18 +21,17 @@ namespace ddpp {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
-// Blocks that fit on a multiprocessor together, by registers: as many as need no spills.
+// Threads that fit on a multiprocessor together, by registers: as many as need no spills.
 template <class T>
-constexpr int kForwardBlocks = sizeof(T) == 4 ? 4 : 2;
+constexpr int kForwardThreads = sizeof(T) == 4 ? 1024 : 512;
 template <class S, bool kStaged>
-constexpr int kBackwardBlocks = std::is_same_v<S, float> && kStaged ? 3 : 2;
-template <class T>
-constexpr int kDualBlocks = sizeof(T) == 4 ? 3 : 2;
-constexpr int kDualBackwardBlocks = 2;
+constexpr int kBackwardThreads = std::is_same_v<S, float> && kStaged ? 768 : 512;
+template <class S, bool kStaged>
+constexpr int kDualThreads = kBackwardThreads<S, kStaged>;
+constexpr int kDualBackwardThreads = 512;
 constexpr int64_t kMaxStaged = 96 * 1024;      // two of them, of the largest GPUs, by shared memory; bytes
 constexpr int64_t kDefaultShared = 48 * 1024;  // that need no permission
 constexpr int64_t kSector = 32, kLine = 128;   // bytes that device memory gives at once, that caches look up
-constexpr int kFewWindows = 2;                 // of a thread
 constexpr int kEnoughBlocks = 2;               // of a multiprocessor
 // Packs of a window in shared memory: four of each plane, one of each pooled plane.
 constexpr int kForwardKept = 4, kBackwardKept = 4 + 1, kDualKept = 2 * 4, kDualBackwardKept = 2 * (4 + 1);
@@ -65,9 +64,12 @@ template <class T, int kWidth>
 DDPP_INLINE Pack<T, kWidth> where_active(const Pack<T, kWidth>& z, const Pack<T, kWidth>& x) {
   return each<T, kWidth>([&](int k) { return z.at[k] <= 0 ? T(0) : x.at[k]; });
 }
+DDPP_INLINE float reciprocal_root(float x) { return rsqrtf(x); }
+DDPP_INLINE double reciprocal_root(double x) { return 1 / sqrt(x); }
 template <class T, int kWidth>
 DDPP_INLINE Pack<T, kWidth> reciprocal_deviation(const Pack<T, kWidth>& variance, T eps) {
-  return each<T, kWidth>([&](int k) { return 1 / sqrt((variance.at[k] < 0 ? 0 : variance.at[k]) + eps); });
+  return each<T, kWidth>(
+      [&](int k) { return reciprocal_root((variance.at[k] < 0 ? 0 : variance.at[k]) + eps); });
 }
 
 // A pack as it is stored. The compiler would take a load of four Bfloat16 apart into loads of single values.
@@ -92,35 +94,34 @@ DDPP_INLINE void store_whole(Bfloat16* to, const Pack<float, 4>& x) {
 
 // How a batch is cut into blocks.
 struct Layout {
-  int64_t channels, row;  // values from a pixel to the next and to the one below
+  int64_t n, channels, row;  // images; values from a pixel to the next and to the one below
   int height, width;
-  int tall, wide;    // windows, of an odd last row or column too
-  int lanes;         // packs of a block, a power of two up to a warp
-  int down, right;   // from a thread's window to its next one
-  int groups;        // blocks of an image
-  int64_t row_size;  // of a row of statistics
+  int tall, wide;        // windows, of an odd last row or column too
+  int lane_bits, lanes;  // packs of a block, a power of two up to a warp
+  int down, right;       // from a thread's window to its next one
+  int64_t row_size;      // of a row of statistics
+  double part;           // what a pixel is of its plane
 };
 
-// A thread's place; it keeps kKept packs of each window in shared memory. Threads beyond the last channel do
-// nothing, but reach every barrier. kEven: no window is partly outside.
+// A thread's place; it keeps kKept packs of each window in shared memory. Threads beyond the last channel or
+// image do nothing, but reach every barrier. kEven: no window is partly outside.
 template <class T, int kWidth, int kKept, bool kEven>
 struct Place {
   using V = Pack<T, kWidth>;
 
   explicit DDPP_INLINE Place(const Layout& layout) : layout(layout) {
-    const int64_t n = blockIdx.x / static_cast<unsigned>(layout.groups);
-    const int group = static_cast<int>(blockIdx.x - n * layout.groups);
+    const int64_t n = int64_t{blockIdx.z} * gridDim.y + blockIdx.y;
     lane = static_cast<int>(threadIdx.x) & (layout.lanes - 1);
-    stripe = static_cast<int>(threadIdx.x / static_cast<unsigned>(layout.lanes));
-    first_y = stripe / layout.wide;
+    stripe = static_cast<int>(threadIdx.x) >> layout.lane_bits;
+    first_y = static_cast<int>(static_cast<unsigned>(stripe) / static_cast<unsigned>(layout.wide));
     first_x = stripe - first_y * layout.wide;
-    channel = (int64_t{group} * layout.lanes + lane) * kWidth;
-    active = channel < layout.channels;
+    channel = (static_cast<int64_t>(blockIdx.x) * layout.lanes + lane) * kWidth;
+    active = channel < layout.channels && n < layout.n;
     plane = n * layout.height * layout.row + channel;
     pooled = n * (layout.height / 2) * (layout.width / 2) * layout.channels + channel;
     statistic = n * layout.channels + channel;
-    part = T(1) / (static_cast<T>(layout.height) * static_cast<T>(layout.width));
   }
+  DDPP_INLINE T part() const { return static_cast<T>(layout.part); }
   template <class S>
   static DDPP_INLINE V load(const S* from) {
     return unpacked(*reinterpret_cast<const Stored<S, kWidth>*>(from));
@@ -175,7 +176,6 @@ struct Place {
   int lane, stripe, first_y, first_x;
   int64_t channel, plane, pooled, statistic;
   bool active;
-  T part;
 };
 
 // Planes, or pooled planes, that are read several times: where this thread keeps its pixels, once it has
@@ -230,7 +230,7 @@ DDPP_INLINE Stored<S, kWidth>* behind_sums(Pack<T, kWidth>* shared, const Layout
 }
 
 template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
-__global__ void __launch_bounds__(kThreads, kForwardBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kForwardThreads<T> / kThreads)
     forward_kernel(const S* __restrict__ y, const T* __restrict__ scale, const T* __restrict__ shift, T eps,
                    Layout layout, S* __restrict__ out, T* __restrict__ statistics) {
   using V = Pack<T, kWidth>;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T>)
   V first[1] = {};
   place.pixels([&](int64_t at, int slot) { first[0] = first[0] + (planes(at, slot) - start); });
   sum_stripes(first, place, shared);
-  const V mean = start + first[0] * place.part;
+  const V mean = start + first[0] * place.part();
   V sums[2] = {};
   place.pixels([&](int64_t at, int slot) {
     const V d = planes(at, slot) - mean;
@@ -252,8 +252,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T>)
     sums[1] = sums[1] + d * d;
   });
   sum_stripes(sums, place, shared);
-  const V rest = sums[0] * place.part;
-  const V rstd = reciprocal_deviation(sums[1] * place.part - rest * rest, eps);
+  const V rest = sums[0] * place.part();
+  const V rstd = reciprocal_deviation(sums[1] * place.part() - rest * rest, eps);
   place.save(statistics, kMean, mean);
   place.save(statistics, kRest, rest);
   place.save(statistics, kRstd, rstd);
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T>)
 }
 
 template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<S, kStaged>)
+__global__ void __launch_bounds__(kThreads, kBackwardThreads<S, kStaged> / kThreads)
     backward_kernel(const S* __restrict__ grad_out, const S* y, const T* __restrict__ scale,
                     const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout, S* grad_y,
                     T* __restrict__ grad_scale, T* __restrict__ grad_shift) {
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<S, kStaged>)
     });
   });
   sum_stripes(sums, place, shared);
-  const BackwardTerms<V> terms(norm, sums[0], sums[1], place.part);
+  const BackwardTerms<V> terms(norm, sums[0], sums[1], place.part());
   place.save(grad_scale, 0, terms.grad_scale);
   place.save(grad_shift, 0, terms.grad_shift);
   place.windows([&](const auto& window, int64_t pooled) {
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<S, kStaged>)
 }
 
 template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
-__global__ void __launch_bounds__(kThreads, kDualBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kDualThreads<S, kStaged> / kThreads)
     dual_kernel(Dual<const S> y, Dual<const T> scale, Dual<const T> shift, T eps, Layout layout, Dual<S> out,
                 T* __restrict__ statistics) {
   using V = Pack<T, kWidth>;
@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, kDualBlocks<T>)
     first[1] = first[1] + (tangents(at, slot) - tangent_start);
   });
   sum_stripes(first, place, shared);
-  const V mean = start + first[0] * place.part, tangent_mean = tangent_start + first[1] * place.part;
+  const V mean = start + first[0] * place.part(), tangent_mean = tangent_start + first[1] * place.part();
   V sums[4] = {};
   place.pixels([&](int64_t at, int slot) {
     const V d = values(at, slot) - mean, t = tangents(at, slot) - tangent_mean;
@@ -339,9 +339,9 @@ __global__ void __launch_bounds__(kThreads, kDualBlocks<T>)
     sums[3] = sums[3] + d * t;
   });
   sum_stripes(sums, place, shared);
-  const V rest = sums[0] * place.part, tangent_rest = sums[2] * place.part;
-  const V rstd = reciprocal_deviation(sums[1] * place.part - rest * rest, eps);
-  const Tangent<V> tangent{tangent_mean, tangent_rest, rstd * (sums[3] * place.part - rest * tangent_rest)};
+  const V rest = sums[0] * place.part(), tangent_rest = sums[2] * place.part();
+  const V rstd = reciprocal_deviation(sums[1] * place.part() - rest * rest, eps);
+  const Tangent<V> tangent{tangent_mean, tangent_rest, rstd * (sums[3] * place.part() - rest * tangent_rest)};
   place.save(statistics, kMean, mean);
   place.save(statistics, kRest, rest);
   place.save(statistics, kRstd, rstd);
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(kThreads, kDualBlocks<T>)
 }
 
 template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
-__global__ void __launch_bounds__(kThreads, kDualBackwardBlocks)
+__global__ void __launch_bounds__(kThreads, kDualBackwardThreads / kThreads)
     dual_backward_kernel(Dual<const S> grad_out, Dual<const S> y, Dual<const T> scale,
                          const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout,
                          Dual<S> grad_y, T* __restrict__ grad_scale, T* __restrict__ grad_shift) {
@@ -402,7 +402,7 @@ __global__ void __launch_bounds__(kThreads, kDualBackwardBlocks)
   });
   sum_stripes(sums, place, shared);
   const DualBackwardTerms<V> terms(norm, tangent, place.of_channel(scale.tangent),
-                                   {sums[0], sums[1], sums[2], sums[3], sums[4]}, place.part);
+                                   {sums[0], sums[1], sums[2], sums[3], sums[4]}, place.part());
   place.save(grad_scale, 0, terms.grad_scale);
   place.save(grad_shift, 0, terms.grad_shift);
   place.windows([&](const auto& window, int64_t pooled) {
@@ -445,7 +445,8 @@ __global__ void __launch_bounds__(kThreads)
 
 struct Launch {
   Layout layout;
-  int64_t blocks, shared_bytes;
+  dim3 grid;  // groups of an image's channels, images
+  int64_t shared_bytes;
   bool staged;
 };
 
@@ -461,44 +462,54 @@ Launch make_launch(const PlaneBatch& size, int sums, int kept) {
   const int64_t packs = size.channels / kWidth;
   const int tall = static_cast<int>(size.height + 1) / 2, wide = static_cast<int>(size.width + 1) / 2,
             windows = tall * wide;
-  int lanes = 1;
-  while (lanes < kWarpSize && lanes < packs && (lanes * kBytes < kSector || lanes * windows < kThreads))
-    lanes *= 2;
-  const auto groups_of = [&](int lanes) { return static_cast<int>((packs + lanes - 1) / lanes); };
+  const bool even = size.height % 2 == 0 && size.width % 2 == 0;
+  const auto scratch = [&](int lanes) { return kSumBytes * kWarps * lanes * sums; };
+  const auto staged = [&](int lanes) {
+    const int stripes = kThreads / lanes, each = (windows + stripes - 1) / stripes;
+    return scratch(lanes) + kBytes * kThreads * each * kept;
+  };
+  const auto groups = [&](int lanes) { return (packs + lanes - 1) / lanes; };
+  int bits = 0;
+  const auto lanes = [&] { return 1 << bits; };
+  while (lanes() < kWarpSize && lanes() < packs &&
+         (lanes() * kBytes < kSector || lanes() * windows < kThreads))
+    ++bits;
   // Up to a line where shared memory and the number of blocks allow it: of narrower pieces the second-level
   // cache has more to look up than it can.
-  while (lanes < kWarpSize && lanes < packs && lanes * kBytes < kLine && 2 * lanes * windows <= kFewWindows * kThreads &&
-         size.n * groups_of(2 * lanes) >= kEnoughBlocks * multiprocessors())
-    lanes *= 2;
-  const int groups = groups_of(lanes);
-  const int stripes = kThreads / lanes, each = (windows + stripes - 1) / stripes;
-  const int64_t scratch = kSumBytes * kWarps * lanes * sums;
-  const int64_t staged = scratch + kBytes * kThreads * each * kept;
-  const bool even = size.height % 2 == 0 && size.width % 2 == 0, fits = even && staged <= most_staged();
-  const Layout layout{size.channels,
+  while (lanes() < kWarpSize && lanes() < packs && lanes() * kBytes < kLine &&
+         staged(2 * lanes()) <= most_staged() &&
+         size.n * groups(2 * lanes()) >= kEnoughBlocks * multiprocessors())
+    ++bits;
+  const bool fits = even && staged(lanes()) <= most_staged();
+  const int stripes = kThreads / lanes();
+  const Layout layout{size.n,
+                      size.channels,
                       size.width * size.channels,
                       static_cast<int>(size.height),
                       static_cast<int>(size.width),
                       tall,
                       wide,
-                      lanes,
+                      bits,
+                      lanes(),
                       stripes / wide,
                       stripes % wide,
-                      groups,
-                      size.n * size.channels};
-  return {layout, size.n * groups, fits ? staged : scratch, fits};
+                      size.n * size.channels,
+                      1.0 / static_cast<double>(size.height * size.width)};
+  const auto rows = static_cast<unsigned>(size.n < kMaxGridRows ? size.n : kMaxGridRows);
+  const auto layers = static_cast<unsigned>((size.n + kMaxGridRows - 1) / kMaxGridRows);
+  const dim3 grid(static_cast<unsigned>(groups(lanes())), rows, layers);
+  return {layout, grid, fits ? staged(lanes()) : scratch(lanes()), fits};
 }
 
 template <class... Parameters, class... Arguments>
 int start(void (*kernel)(Parameters...), const Launch& launch, const Queue& queue, Arguments... arguments) {
-  if (launch.blocks == 0) return 0;
+  if (launch.layout.n == 0 || launch.layout.channels == 0) return 0;
   if (launch.shared_bytes > kDefaultShared) {
     // The same for all shapes: the limit is the kernel's, and graphs captured with larger ones need theirs.
     const auto error = DDPP_ALLOW_SHARED(kernel, most_staged());
     if (error != cudaSuccess) return static_cast<int>(error);
   }
-  DDPP_LAUNCH(kernel, static_cast<unsigned>(launch.blocks), kThreads, launch.shared_bytes, queue.stream,
-              arguments...);
+  DDPP_LAUNCH(kernel, launch.grid, kThreads, launch.shared_bytes, queue.stream, arguments...);
   return static_cast<int>(cudaGetLastError());
 }
 
