@@ -29,7 +29,8 @@ constexpr int kBackwardThreads = std::is_same_v<S, float> && kStaged ? 768 : 512
 template <class S, bool kStaged>
 constexpr int kDualThreads = kBackwardThreads<S, kStaged>;
 constexpr int kDualBackwardThreads = 512;
-constexpr int64_t kMaxStaged = 96 * 1024;      // two of them, of the largest GPUs, by shared memory; bytes
+// Bytes of shared memory for planes: at least two blocks on a multiprocessor of the largest GPUs, or one.
+constexpr int64_t kMaxStaged = 96 * 1024, kMaxDualStaged = 200 * 1024;
 constexpr int64_t kDefaultShared = 48 * 1024;  // that need no permission
 constexpr int64_t kSector = 32, kLine = 128;   // bytes that device memory gives at once, that caches look up
 constexpr int kEnoughBlocks = 2;               // of a multiprocessor
@@ -446,23 +447,20 @@ __global__ void __launch_bounds__(kThreads)
 struct Launch {
   Layout layout;
   dim3 grid;  // groups of an image's channels, images
-  int64_t shared_bytes;
+  int64_t shared_bytes, most_shared;
   bool staged;
 };
 
-int64_t most_staged() {
-  const int64_t available = max_shared_bytes();
-  return available < kMaxStaged ? available : kMaxStaged;
-}
-
-// For a kernel with scratch for so many sums, that keeps so many packs of a window.
+// For a kernel with scratch for so many sums, that keeps so many packs of a window in so much shared memory.
 template <class S, int kWidth>
-Launch make_launch(const PlaneBatch& size, int sums, int kept) {
+Launch make_launch(const PlaneBatch& size, int sums, int kept, int64_t most_staged) {
   constexpr int64_t kBytes = sizeof(Stored<S, kWidth>), kSumBytes = sizeof(Pack<Arithmetic<S>, kWidth>);
   const int64_t packs = size.channels / kWidth;
   const int tall = static_cast<int>(size.height + 1) / 2, wide = static_cast<int>(size.width + 1) / 2,
             windows = tall * wide;
   const bool even = size.height % 2 == 0 && size.width % 2 == 0;
+  const int64_t available = max_shared_bytes(),
+                most_shared = available < most_staged ? available : most_staged;
   const auto scratch = [&](int lanes) { return kSumBytes * kWarps * lanes * sums; };
   const auto staged = [&](int lanes) {
     const int stripes = kThreads / lanes, each = (windows + stripes - 1) / stripes;
@@ -477,10 +475,10 @@ Launch make_launch(const PlaneBatch& size, int sums, int kept) {
   // Up to a line where shared memory and the number of blocks allow it: of narrower pieces the second-level
   // cache has more to look up than it can.
   while (lanes() < kWarpSize && lanes() < packs && lanes() * kBytes < kLine &&
-         staged(2 * lanes()) <= most_staged() &&
+         staged(2 * lanes()) <= most_shared &&
          size.n * groups(2 * lanes()) >= kEnoughBlocks * multiprocessors())
     ++bits;
-  const bool fits = even && staged(lanes()) <= most_staged();
+  const bool fits = even && staged(lanes()) <= most_shared;
   const int stripes = kThreads / lanes();
   const Layout layout{size.n,
                       size.channels,
@@ -498,7 +496,7 @@ Launch make_launch(const PlaneBatch& size, int sums, int kept) {
   const auto rows = static_cast<unsigned>(size.n < kMaxGridRows ? size.n : kMaxGridRows);
   const auto layers = static_cast<unsigned>((size.n + kMaxGridRows - 1) / kMaxGridRows);
   const dim3 grid(static_cast<unsigned>(groups(lanes())), rows, layers);
-  return {layout, grid, fits ? staged(lanes()) : scratch(lanes()), fits};
+  return {layout, grid, fits ? staged(lanes()) : scratch(lanes()), most_shared, fits};
 }
 
 template <class... Parameters, class... Arguments>
@@ -506,7 +504,7 @@ int start(void (*kernel)(Parameters...), const Launch& launch, const Queue& queu
   if (launch.layout.n == 0 || launch.layout.channels == 0) return 0;
   if (launch.shared_bytes > kDefaultShared) {
     // The same for all shapes: the limit is the kernel's, and graphs captured with larger ones need theirs.
-    const auto error = DDPP_ALLOW_SHARED(kernel, most_staged());
+    const auto error = DDPP_ALLOW_SHARED(kernel, launch.most_shared);
     if (error != cudaSuccess) return static_cast<int>(error);
   }
   DDPP_LAUNCH(kernel, launch.grid, kThreads, launch.shared_bytes, queue.stream, arguments...);
@@ -539,7 +537,7 @@ int64_t scratch_bytes(const PlaneBatch& size) {
 template <class S, int kWidth, class T = Arithmetic<S>>
 int forward_as(const S* y, const T* scale, const T* shift, double eps, const PlaneBatch& size, S* out,
                T* statistics, const Queue& queue) {
-  const Launch launch = make_launch<S, kWidth>(size, 2, kForwardKept);
+  const Launch launch = make_launch<S, kWidth>(size, 2, kForwardKept, kMaxStaged);
   const auto kernel = launch.staged ? forward_kernel<S, kWidth, true> : forward_kernel<S, kWidth, false>;
   return start(kernel, launch, queue, y, scale, shift, static_cast<T>(eps), launch.layout, out, statistics);
 }
@@ -556,7 +554,7 @@ template <class S, int kWidth, class T = Arithmetic<S>>
 int backward_as(const S* grad_out, const S* y, const T* scale, const T* shift, const T* statistics,
                 const PlaneBatch& size, void* scratch, S* grad_y, T* grad_scale, T* grad_shift,
                 const Queue& queue) {
-  const Launch launch = make_launch<S, kWidth>(size, 2, kBackwardKept);
+  const Launch launch = make_launch<S, kWidth>(size, 2, kBackwardKept, kMaxStaged);
   const auto kernel = launch.staged ? backward_kernel<S, kWidth, true> : backward_kernel<S, kWidth, false>;
   T *scale_sums = static_cast<T*>(scratch), *shift_sums = scale_sums + size.n * size.channels;
   const int error = start(kernel, launch, queue, grad_out, y, scale, shift, statistics, launch.layout, grad_y,
@@ -577,7 +575,7 @@ int backward(const S* grad_out, const S* y, const T* scale, const T* shift, cons
 template <class S, int kWidth, class T = Arithmetic<S>>
 int dual_as(Dual<const S> y, Dual<const T> scale, Dual<const T> shift, double eps, const PlaneBatch& size,
             Dual<S> out, T* statistics, const Queue& queue) {
-  const Launch launch = make_launch<S, kWidth>(size, 4, kDualKept);
+  const Launch launch = make_launch<S, kWidth>(size, 4, kDualKept, kMaxDualStaged);
   const auto kernel = launch.staged ? dual_kernel<S, kWidth, true> : dual_kernel<S, kWidth, false>;
   return start(kernel, launch, queue, y, scale, shift, static_cast<T>(eps), launch.layout, out, statistics);
 }
@@ -596,7 +594,7 @@ template <class S, int kWidth, class T = Arithmetic<S>>
 int dual_backward_as(Dual<const S> grad_out, Dual<const S> y, Dual<const T> scale, const T* shift,
                      const T* statistics, const PlaneBatch& size, void* scratch, Dual<S> grad_y,
                      T* grad_scale, T* grad_shift, const Queue& queue) {
-  const Launch launch = make_launch<S, kWidth>(size, 5, kDualBackwardKept);
+  const Launch launch = make_launch<S, kWidth>(size, 5, kDualBackwardKept, kMaxDualStaged);
   const auto kernel =
       launch.staged ? dual_backward_kernel<S, kWidth, true> : dual_backward_kernel<S, kWidth, false>;
   T *scale_sums = static_cast<T*>(scratch), *shift_sums = scale_sums + size.n * size.channels;
