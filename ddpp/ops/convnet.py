@@ -466,12 +466,9 @@ def _dual_backward(
     """The gradient of the images from that of the last pooled planes; those of parameters are written to ``sums``."""
     beside, d_weights = Beside(_ALONG), []
     for k in reversed(range(len(seen))):
-        (weight, scale, shift), along, (x, both, y_tangent, statistics) = (
-            layers.blocks[k],
-            tangents.blocks[k],
-            seen.pop(),
-        )
-        (_, d_scale, d_shift), n, padding = sums.blocks[k], len(y_tangent), _padding(k, *pad)
+        (weight, scale, shift), along, (_, d_scale, d_shift) = layers.blocks[k], tangents.blocks[k], sums.blocks[k]
+        x, both, y_tangent, statistics = seen.pop()
+        n, padding = len(y_tangent), _padding(k, *pad)
         y = both[:n]
         back = norm_pool.DualBackward(y, y_tangent, d_scale, d_shift)  # over the planes, as in the plain step
         norm_pool.norm_relu_pool_dual_backward(

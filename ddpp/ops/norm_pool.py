@@ -161,7 +161,7 @@ def norm_relu_pool_backward(
         grad_out: [N, C, H // 2, W // 2]
         y, scale, shift: what :func:`norm_relu_pool_forward` was called with.
         statistics: what it gave. [3, N, C]
-        out: as there.
+        out: as there; its planes may be y, which they are then written over.
     """
     if out is None:
         out = Backward(_planes_like(y), torch.empty_like(scale), torch.empty_like(shift))
@@ -215,7 +215,7 @@ def norm_relu_pool_dual_backward(
         grad_out, grad_out_tangent: [N, C, H // 2, W // 2]
         y, y_tangent, scale, scale_tangent, shift: what :func:`norm_relu_pool_dual` was called with.
         statistics: what it gave. [6, N, C]
-        out: as there.
+        out: as there; its planes may be y and y_tangent.
     """
     if out is None:
         out = DualBackward(_planes_like(y), _planes_like(y), torch.empty_like(scale), torch.empty_like(shift))
