@@ -7,7 +7,7 @@ convolution in two layouts; trainings; outer steps in float32, in TF32 and with 
 one stream and on several, and without, their memory, and how far their pixels' gradient is from float64's; and at last,
 since a profiler slows what follows it, where the time of an outer step goes, by kernel. ``--search``: outer steps and
 convolutions alone, with the fastest of the vendor's algorithms searched for each shape. It takes a process of its own,
-since cuDNN's plans stay: what was once called without a search is never searched.
+since cuDNN's plans stay: what was once called without a search is never searched. ``--parts``: some of the rows.
 Every side of a case runs in turn, the second-level cache is overwritten before each call, and the median of the
 device's own clock is taken. ``--small --device cpu`` tries the script where there is no GPU; its figures mean nothing.
 """
@@ -18,10 +18,12 @@ import argparse
 import copy
 import datetime
 import gc
+import itertools
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -162,6 +164,19 @@ def norm_pool(device: torch.device, small: bool) -> dict[str, tuple[int, dict[st
     cases["second order"] = int(bench_norm_pool.PLANES["second order"] * plane), second
     cases |= {name: (int(planes * plane), {"fused": call}) for name, (planes, call) in single_faces(values).items()}
     return {f"norm-ReLU-pool, {'x'.join(map(str, shape))}, {passes}": case for passes, case in cases.items()}
+
+
+def norm_pool_layers(device: torch.device, small: bool) -> dict[str, tuple[int, dict[str, Side]]]:
+    """Each face alone at the layers of a ConvNet on 32x32 images, of a hundred and of ten."""
+    cases: dict[str, tuple[int, dict[str, Side]]] = {}
+    for n, side in ((2, 4),) if small else itertools.product((100, 10), (32, 16, 8)):
+        shape = bench_norm_pool.SHAPES["layer"] = n, 8 if small else 128, side, side
+        bench_norm_pool.arguments.cache_clear()  # they go by the name
+        values = tuple(x.to(device) for x in bench_norm_pool.arguments("layer", "channels-last"))
+        for name, (planes, call) in single_faces(values).items():
+            moved = int(planes * 4 * math.prod(shape))
+            cases[f"norm-ReLU-pool, {'x'.join(map(str, shape))}, {name}"] = moved, {"fused": call}
+    return cases
 
 
 def single_faces(values: tuple[Tensor, ...]) -> dict[str, tuple[float, Side]]:
@@ -362,18 +377,30 @@ def _in_float64(problem: dict[str, Any]) -> dict[str, Any]:
     return {**cast, "network": copy.deepcopy(problem["network"]).double()}
 
 
-def rows(clock: Clock, speed: float, small: bool, search: bool) -> Iterator[dict[str, Any]]:
-    """Each row of the table; what matters most comes first."""
-    yield from outer_steps(clock, small)
-    yield from convolutions(clock, small)
-    yield from () if search else trainings(clock, small)
-    for cases in () if search else (match_loss, dsa, norm_pool):
-        for name, (moved, sides) in cases(clock.device, small).items():
+STEPS: dict[str, Callable[[Clock, bool], Iterator[dict[str, Any]]]] = {
+    "outer_steps": outer_steps,
+    "convolutions": convolutions,
+    "trainings": trainings,
+}
+OPERATORS: dict[str, Callable[[torch.device, bool], dict[str, tuple[int, dict[str, Side]]]]] = {
+    "match_loss": match_loss,
+    "dsa": dsa,
+    "norm_pool": norm_pool,
+    "norm_pool_layers": norm_pool_layers,
+}
+PARTS = *STEPS, *OPERATORS  # what matters most comes first
+
+
+def rows(clock: Clock, speed: float, small: bool, parts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Each row of the table."""
+    for part in parts:
+        yield from STEPS[part](clock, small) if part in STEPS else ()
+        for name, (moved, sides) in OPERATORS[part](clock.device, small).items() if part in OPERATORS else ():
             found = clock.medians(sides, 3 if small else ROUNDS)
             yield {"case": name, "ms": found, "share_of_copying": moved / found["fused"] / speed}
 
 
-def measure(device: torch.device, small: bool, search: bool, out: Path | None) -> dict[str, Any]:
+def measure(device: torch.device, small: bool, parts: Sequence[str], out: Path | None) -> dict[str, Any]:
     """Prints rows and writes the file as they come, so that what was measured stays where the script is cut."""
     clock = Clock(device, small)
     speed = copying(clock, small)
@@ -391,12 +418,12 @@ def measure(device: torch.device, small: bool, search: bool, out: Path | None) -
         if out:
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    for row in rows(clock, speed, small, search):
+    for row in rows(clock, speed, small, parts):
         print(_line(row), flush=True)
         result["rows"].append(row)
         save()
     print(f"\n{result['device']}, torch {result['torch']}, copying {result['copying_gb_s']:.0f} GB/s, {result['date']}")
-    for name, kernels in profiles(device, small):
+    for name, kernels in profiles(device, small) if "outer_steps" in parts else ():
         print(_profile_table(name, kernels), flush=True)
         result["profiles"][name] = kernels
         save()
@@ -449,6 +476,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="toy sizes, to try the script")
     parser.add_argument("--search", action="store_true", help="search algorithms; outer steps and convolutions alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="these rows alone, in this order")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     torch._functorch.config.donated_buffer = False  # a compiled backward is called again and again
@@ -456,7 +484,8 @@ def main() -> None:
     torch.backends.cudnn.deterministic = True  # as every stage sets it
     print("| | fused | pure PyTorch | torch.compile | |\n|---|---|---|---|---|")
     torch.backends.cudnn.benchmark = args.search
-    measure(torch.device(args.device), args.small, args.search, args.out)
+    parts = args.parts or (("outer_steps", "convolutions") if args.search else PARTS)
+    measure(torch.device(args.device), args.small, parts, args.out)
 
 
 if __name__ == "__main__":

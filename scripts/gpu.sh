@@ -5,9 +5,9 @@
 #
 #     scripts/gpu.sh [folder for results, default benchmarks/results]
 #
-# STEPS="cpp measure tests sanitize" in the environment chooses some of them; "search" is one more: outer steps and convolutions with the
-# vendor's algorithms searched for each shape, in a process of its own. A step that fails or takes too long does not keep the others
-# from running; the exit code is then 1.
+# STEPS="cpp measure tests sanitize" in the environment chooses some of them; "search" is one more: outer steps and convolutions with
+# the vendor's algorithms searched for each shape, in a process of its own. PARTS="norm_pool dsa" measures these rows of
+# benchmarks/gpu.py alone. A step that fails or takes too long does not keep the others from running; the exit code is then 1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-benchmarks/results}
@@ -66,7 +66,8 @@ measure() {  # seconds at most, end of the files' names, options of gpu.py
 
 if wanted measure; then
   step "measure"
-  measure 180 ""
+  # shellcheck disable=SC2086
+  measure 180 "" ${PARTS:+--parts $PARTS}
 fi
 
 if wanted tests; then
