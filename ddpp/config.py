@@ -216,7 +216,9 @@ class RunConfig:
     winograd: int = option(
         2, "Side of a ConvNet's Winograd tiles on the CPU: 2, 4 (faster, less exact) or 0, none.", choices=(0, 2, 4)
     )
-    cuda_graphs: bool = option(True, "On a GPU, capture inner steps as CUDA graphs and replay them.")
+    cuda_graphs: bool = option(
+        True, "On a GPU, capture steps of students and of trainings as CUDA graphs and replay them."
+    )
     tf32: bool = option(False, "On a GPU, round factors of convolutions and products to TF32: faster, less exact.")
     bf16: bool = option(
         False,

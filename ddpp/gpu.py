@@ -1,4 +1,4 @@
-"""What keeps a GPU from waiting for the host: copies that nobody waits for, and inner steps replayed as graphs.
+"""What keeps a GPU from waiting for the host: copies that nobody waits for, and steps replayed as graphs.
 
 An inner step and the way back through it are some fifty kernels each, of a few microseconds. Launched one by one they
 cost the host more time than the GPU; captured once as a CUDA graph, one launch replays them all on the same memory, and
@@ -54,13 +54,8 @@ class CudaGraphs:
             raise RuntimeError("an earlier capture failed in this process")
         current = torch.cuda.current_stream()
         main, *sides = _streams(current.device, 1 + self.sides)
-        self._pool = self._pool or torch.cuda.MemPool()
-        main.wait_stream(current)
         with side_streams(sides):
-            with torch.cuda.stream(main), torch.cuda.use_mem_pool(self._pool):  # which the graph takes over
-                for _ in range(_WARM_UP):
-                    call()
-            current.wait_stream(main)
+            self._warm_up(call, main, current)
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, pool=self._pool.id, stream=main):
@@ -70,6 +65,21 @@ class CudaGraphs:
                 torch.cuda.set_stream(current)  # one that broke off leaves its own
                 raise
         return results, graph.replay
+
+    def _warm_up(self, call: Callable[[], Results], main: torch.cuda.Stream, current: torch.cuda.Stream) -> None:
+        """On the graphs' memory, or else it would be needed twice."""
+        torch.cuda.empty_cache()  # a pool that lacks memory does not ask for what is cached elsewhere
+        self._pool = self._pool or torch.cuda.MemPool()
+        main.wait_stream(current)
+        try:
+            with torch.cuda.stream(main), torch.cuda.use_mem_pool(self._pool):
+                for _ in range(_WARM_UP):
+                    call()
+        except RuntimeError:
+            self._pool = None  # or what it has taken so far would never be given back
+            raise
+        finally:
+            current.wait_stream(main)
 
 
 @cache
@@ -117,7 +127,7 @@ class _Recording:
 
 
 def graphs_for(run: RunConfig, device: torch.device) -> Graphs | None:
-    """What inner steps are captured by, where a run's options and its device allow it."""
+    """What student steps and trainings are captured by, where a run's options and its device allow it."""
     return Graphs() if run.cuda_graphs and run.use_fused_kernels and device.type == "cuda" else None
 
 
@@ -132,8 +142,8 @@ class Graphs:
     """
 
     def __init__(self, capture: Capture | None = None) -> None:
+        self._recordings: dict[tuple[Any, ...], _Recording] = {}  # first, so that their memory's pool outlives them
         self.capture = capture or CudaGraphs()
-        self._recordings: dict[tuple[Any, ...], _Recording] = {}
         self._works = True
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -152,5 +162,5 @@ class Graphs:
             except RuntimeError as error:
                 self._works = False
                 reason = str(error).splitlines()[0]
-                warnings.warn(f"ddpp: inner steps run without CUDA graphs: {reason}", RuntimeWarning, stacklevel=3)
+                warnings.warn(f"ddpp: steps run without CUDA graphs: {reason}", RuntimeWarning, stacklevel=3)
         return self._recordings.get(key)

@@ -7,7 +7,8 @@
 #
 # STEPS="cpp measure tests sanitize" in the environment chooses some of them; "search" is one more: outer steps and convolutions with
 # the vendor's algorithms searched for each shape, in a process of its own. PARTS="norm_pool dsa" measures these rows of
-# benchmarks/gpu.py alone. A step that fails or takes too long does not keep the others from running; the exit code is then 1.
+# benchmarks/gpu.py alone, into files of their own. racecheck comes last and takes minutes: STEPS=sanitize is a call of its own where
+# the whole leaves it no time. A step that fails or takes too long does not keep the others from running; the exit code is then 1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-benchmarks/results}
@@ -67,7 +68,7 @@ measure() {  # seconds at most, end of the files' names, options of gpu.py
 if wanted measure; then
   step "measure"
   # shellcheck disable=SC2086
-  measure 180 "" ${PARTS:+--parts $PARTS}
+  measure 180 "${PARTS:+-${PARTS// /-}}" ${PARTS:+--parts $PARTS}
 fi
 
 if wanted tests; then

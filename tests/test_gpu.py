@@ -1,6 +1,8 @@
 """Graphs of student steps, with a stand-in that calls again in place of a GPU, and steps that nobody waits for."""
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -130,17 +132,24 @@ def test_a_step_that_cannot_be_captured_is_computed_without() -> None:
     assert torch.equal(matching_gradients(**p, step=step, graphs=graphs).images, wanted.images)  # and says so once
 
 
+class Pool:
+    """Of memory."""
+
+    id = (0, 1)
+
+
 class HalfAGpu:
     """Of torch.cuda what a capture needs. Its graphs break off as CUDA's do: at their end, the stream still theirs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tried, self.current = 0, self.own_stream()
+        self.pools: list[weakref.ref[Any]] = []
         monkeypatch.setattr(CudaGraphs, "failed", False)
         for name, value in {
             "Stream": lambda device: self.own_stream(),
             "stream": lambda stream: nullcontext(),
             "current_stream": lambda: self.current,
-            "MemPool": lambda: SimpleNamespace(id=(0, 1)),
+            "MemPool": self.pool,
             "use_mem_pool": lambda pool: nullcontext(),
             "set_stream": lambda stream: setattr(self, "current", stream),
             "CUDAGraph": object,
@@ -150,6 +159,11 @@ class HalfAGpu:
 
     def own_stream(self) -> Any:
         return SimpleNamespace(wait_stream=lambda other: None, device=self)
+
+    def pool(self) -> Any:
+        pool = Pool()
+        self.pools.append(weakref.ref(pool))
+        return pool
 
     @contextmanager
     def graph(self, graph: Any, pool: Any, stream: Any) -> Iterator[None]:
@@ -167,6 +181,19 @@ def test_after_a_capture_that_broke_off_no_other_is_tried(monkeypatch: pytest.Mo
     with pytest.warns(RuntimeWarning, match="without CUDA graphs: an earlier capture failed in this process"):
         assert Graphs()(torch.neg, torch.ones(2)).tolist() == [-1, -1]
     assert gpu.tried == 1
+
+
+def test_memory_of_a_warm_up_that_failed_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = HalfAGpu(monkeypatch)
+
+    def fails() -> Results:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    capture = CudaGraphs()
+    with pytest.raises(torch.OutOfMemoryError):
+        capture(fails)
+    gc.collect()
+    assert [pool() for pool in gpu.pools] == [None] and gpu.tried == 0 and not CudaGraphs.failed
 
 
 def test_on_the_cpu_nothing_is_pinned() -> None:

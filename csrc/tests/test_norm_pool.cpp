@@ -240,9 +240,9 @@ void check_inputs(const Setting& setting, const Inputs<S>& in, int64_t shift) {
 
 // Planes of one value are normalised to 0: the gradient is that of torch's ReLU at 0 where shift is 0.
 template <class S>
-void check_constant_planes(const Setting& setting) {
+void check_constant_planes(const Setting& setting, int64_t height) {
   using T = Arithmetic<S>;
-  const PlaneBatch size{2, 5, 3, 4};
+  const PlaneBatch size{2, 5, height, 4};
   Inputs<S> in = random_inputs<S>(size, 0, 0);
   for (int64_t i = 0; i < in.y.value.size(); ++i)
     in.y.value[i] = static_cast<S>(T(0.1) * static_cast<T>(1 + i % size.channels));
@@ -259,11 +259,12 @@ void check_constant_planes(const Setting& setting) {
 
 // A NaN makes its plane NaN and no other.
 template <class S>
-void check_nan_shows(const Setting& setting, int64_t channels) {
-  const PlaneBatch size{2, channels, 5, 4};
+void check_nan_shows(const Setting& setting, int64_t channels, int64_t height) {
+  const PlaneBatch size{2, channels, height, 4};
+  const int64_t area = height * size.width, pooled_area = height / 2 * (size.width / 2);
   Inputs<S> in = random_inputs<S>(size, 0, 0);
   const int64_t image = 1, channel = 33;
-  in.y.value[(image * 20 + 19) * size.channels + channel] =
+  in.y.value[(image * area + area - 1) * size.channels + channel] =
       static_cast<S>(std::numeric_limits<Arithmetic<S>>::quiet_NaN());
   Results<S> r(size, 0);
   run(launchers<S>(setting), in, &r, setting.queues[0]);
@@ -273,8 +274,8 @@ void check_nan_shows(const Setting& setting, int64_t channels) {
       CHECK(std::isnan(array[i]) == here);
     }
   };
-  for (const Array<S>* array : {&r.plain_out, &r.out.value, &r.out.tangent}) check(*array, 4);
-  for (const Array<S>* array : {&r.plain_grad_y, &r.grad_y.value, &r.grad_y.tangent}) check(*array, 20);
+  for (const Array<S>* array : {&r.plain_out, &r.out.value, &r.out.tangent}) check(*array, pooled_area);
+  for (const Array<S>* array : {&r.plain_grad_y, &r.grad_y.value, &r.grad_y.tangent}) check(*array, area);
 }
 
 template <class T>
@@ -344,13 +345,21 @@ void check_all(const Setting& setting) {
   check_inputs(setting, random_inputs<S>({17, 8, 2, 3}, 0, 0), 0);
   check_inputs(setting, random_inputs<S>({3, 36, 32, 33}, 0, 0), 0);
   check_inputs(setting, random_inputs<S>({2, 36, 32, 32}, 0, 1), 0);
-  check_inputs(setting, random_inputs<S>({2, 8, 9, 8}, 0, 1000), 0);  // a large mean
+  for (const int64_t height : {8, 9})
+    check_inputs(setting, random_inputs<S>({2, 8, height, 8}, 0, 1000), 0);  // a large mean
   check_inputs(setting, random_inputs<S>({1, 4, 72, 64}, 0, 2), 0);
   check_inputs(setting, random_inputs<S>({1, 4, 72, 160}, 0, 0), 0);   // beyond shared memory, in packs
   check_inputs(setting, random_inputs<S>({1, 1, 226, 224}, 0, 0), 0);  // and in single values
   check_inputs(setting, random_inputs<S>({8, 36, 16, 16}, 0, 0), 0);   // enough blocks for wide ones
-  check_constant_planes<S>(setting);
-  for (const int64_t channels : {35, 36}) check_nan_shows<S>(setting, channels);
+  for (const int64_t height : {3, 4}) check_constant_planes<S>(setting, height);
+  for (const int64_t channels : {35, 36})
+    for (const int64_t height : {5, 6}) check_nan_shows<S>(setting, channels, height);
+#if !defined(DDPP_ON_DEVICE)
+  const size_t before = ddpp_emul::max_shared;
+  ddpp_emul::max_shared = 64 * 1024;  // as of a smaller GPU
+  for (const int64_t side : {16, 32}) check_inputs(setting, random_inputs<S>({8, 36, side, side}, 0, 0), 0);
+  ddpp_emul::max_shared = before;
+#endif
 }
 
 }  // namespace
