@@ -22,7 +22,7 @@
 #define DDPP_ALLOW_SHARED(kernel, shared_bytes) \
   cudaFuncSetAttribute((kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes))
 
-constexpr unsigned kMaxGridRows = 65535;  // blocks of a grid in y, and in z
+constexpr unsigned kMaxGridRows = 65535;  // blocks of a grid in y
 
 // Of the current device; 0 if it does not say.
 inline int device_attribute(cudaDeviceAttr attribute) {

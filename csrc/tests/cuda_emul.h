@@ -54,7 +54,7 @@ inline const char* cudaGetErrorString(cudaError_t e) {
                                       : "invalid configuration argument";
 }
 
-constexpr unsigned kMaxGridRows = 16;  // a GPU's 65535 would be too many blocks to test
+constexpr unsigned kMaxGridRows = 16;  // in y; a GPU's 65535 would be too many blocks to test
 
 namespace ddpp_emul {
 
@@ -302,7 +302,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A&
       allowed == allowed_shared().end() ? kDefaultShared : std::max(allowed->second, kDefaultShared);
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
-      grid.x > 2147483647u || grid.y > kMaxGridRows || grid.z > kMaxGridRows ||
+      grid.x > 2147483647u || grid.y > kMaxGridRows || grid.z > 65535 ||
       shared_bytes > std::min(shared_limit, max_shared)) {
     last_error = cudaErrorInvalidConfiguration;  // as cudaGetLastError() reports it on a GPU
     return;
