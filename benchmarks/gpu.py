@@ -8,7 +8,7 @@ one stream and on several, and without, their memory, and how far their pixels' 
 since a profiler slows what follows it, where the time of an outer step goes, by kernel. ``--search``: outer steps and
 convolutions alone, with the fastest of the vendor's algorithms searched for each shape. It takes a process of its own,
 since cuDNN's plans stay: what was once called without a search is never searched. ``--parts``: some of the rows.
-Every side of a case runs in turn, the second-level cache is overwritten before each call, and the median of the
+Every side of a case runs in turn, the second-level cache is emptied before each call, and the median of the
 device's own clock is taken. ``--small --device cpu`` tries the script where there is no GPU; its figures mean nothing.
 """
 
@@ -394,8 +394,10 @@ PARTS = *STEPS, *OPERATORS  # what matters most comes first
 def rows(clock: Clock, speed: float, small: bool, parts: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Each row of the table."""
     for part in parts:
-        yield from STEPS[part](clock, small) if part in STEPS else ()
-        for name, (moved, sides) in OPERATORS[part](clock.device, small).items() if part in OPERATORS else ():
+        if part in STEPS:
+            yield from STEPS[part](clock, small)
+            continue
+        for name, (moved, sides) in OPERATORS[part](clock.device, small).items():
             found = clock.medians(sides, 3 if small else ROUNDS)
             yield {"case": name, "ms": found, "share_of_copying": moved / found["fused"] / speed}
 
@@ -445,13 +447,13 @@ def _peaks(sides: dict[str, Callable[[], Side]], device: torch.device) -> dict[s
     for name, make in sides.items():
         gc.collect()
         torch.cuda.empty_cache()
-        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call = make()
         call()
-        reserved = torch.cuda.max_memory_reserved(device) - reserved
-        allocated = torch.cuda.max_memory_allocated(device) - allocated
-        found[name] = max(reserved, allocated) / 1e6  # what was reserved before need not be reserved again
+        peaks = torch.cuda.max_memory_reserved(device), torch.cuda.max_memory_allocated(device)
+        # Both: what was reserved before need not be reserved again.
+        found[name] = max(peak - start for peak, start in zip(peaks, before, strict=True)) / 1e6
         del call
     return found
 

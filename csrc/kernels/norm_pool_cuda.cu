@@ -467,19 +467,18 @@ Launch make_launch(const PlaneBatch& size, int sums, int kept, int64_t most_stag
     return scratch(lanes) + kBytes * kThreads * each * kept;
   };
   const auto groups = [&](int lanes) { return (packs + lanes - 1) / lanes; };
-  int bits = 0;
-  const auto lanes = [&] { return 1 << bits; };
-  while (lanes() < kWarpSize && lanes() < packs &&
-         (lanes() * kBytes < kSector || lanes() * windows < kThreads))
-    ++bits;
+  int lanes = 1;
+  while (lanes < kWarpSize && lanes < packs && (lanes * kBytes < kSector || lanes * windows < kThreads))
+    lanes *= 2;
   // Up to a line where shared memory and the number of blocks allow it: of narrower pieces the second-level
   // cache has more to look up than it can.
-  while (lanes() < kWarpSize && lanes() < packs && lanes() * kBytes < kLine &&
-         staged(2 * lanes()) <= most_shared &&
-         size.n * groups(2 * lanes()) >= kEnoughBlocks * multiprocessors())
-    ++bits;
-  const bool fits = even && staged(lanes()) <= most_shared;
-  const int stripes = kThreads / lanes();
+  while (lanes < kWarpSize && lanes < packs && lanes * kBytes < kLine && staged(2 * lanes) <= most_shared &&
+         size.n * groups(2 * lanes) >= kEnoughBlocks * multiprocessors())
+    lanes *= 2;
+  int lane_bits = 0;
+  while (1 << lane_bits < lanes) ++lane_bits;
+  const bool fits = even && staged(lanes) <= most_shared;
+  const int stripes = kThreads / lanes;
   const Layout layout{size.n,
                       size.channels,
                       size.width * size.channels,
@@ -487,16 +486,16 @@ Launch make_launch(const PlaneBatch& size, int sums, int kept, int64_t most_stag
                       static_cast<int>(size.width),
                       tall,
                       wide,
-                      bits,
-                      lanes(),
+                      lane_bits,
+                      lanes,
                       stripes / wide,
                       stripes % wide,
                       size.n * size.channels,
                       1.0 / static_cast<double>(size.height * size.width)};
   const auto rows = static_cast<unsigned>(size.n < kMaxGridRows ? size.n : kMaxGridRows);
   const auto layers = static_cast<unsigned>((size.n + kMaxGridRows - 1) / kMaxGridRows);
-  const dim3 grid(static_cast<unsigned>(groups(lanes())), rows, layers);
-  return {layout, grid, fits ? staged(lanes()) : scratch(lanes()), most_shared, fits};
+  const dim3 grid(static_cast<unsigned>(groups(lanes)), rows, layers);
+  return {layout, grid, fits ? staged(lanes) : scratch(lanes), most_shared, fits};
 }
 
 template <class... Parameters, class... Arguments>
