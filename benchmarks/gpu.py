@@ -24,6 +24,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,8 +45,11 @@ from ddpp.config import ModelConfig
 from ddpp.gpu import CudaGraphs, Graphs
 from ddpp.ops import convnet, dsa_augment, masked_match_loss
 from ddpp.ops import dsa as in_torch
+from ddpp.ops import head as in_step
 from ddpp.ops import norm_pool as faces
+from ddpp.ops._library import using
 from ddpp.ops._streams import SIDES
+from ddpp.ops.head import Linear
 from ddpp.training import Recipe
 from ddpp.unroll import Matching, matching_gradients, provider
 
@@ -192,6 +196,30 @@ def single_faces(values: tuple[Tensor, ...]) -> dict[str, tuple[float, Side]]:
         "dual alone": (2.5, lambda: faces.norm_relu_pool_dual(*point, shift_tangent, out=dual_out)),
         "dual backward alone": (4.5, lambda: faces.norm_relu_pool_dual_backward(*dual, out=dual_back)),
     }
+
+
+def head(device: torch.device, small: bool) -> dict[str, tuple[int, dict[str, Side]]]:
+    """The linear layer under its cross-entropy on dual numbers, there and back: kernels, and the library."""
+    cases: dict[str, tuple[int, dict[str, Side]]] = {}
+    for n, features, classes in [(2, 8, 3)] if small else [(10, 2048, 10), (100, 2048, 10), (100, 2048, 20)]:
+        draw = torch.Generator().manual_seed(0)
+        shapes = (2 * n, features), (classes, features), (classes,), (classes, features), (classes,), (n, classes)
+        x, *layer, logits = (torch.randn(shape, generator=draw).to(device) for shape in shapes)
+        linear, tangent, out = Linear(*layer[:2]), Linear(*layer[2:]), Linear(*map(torch.empty_like, layer[:2]))
+        moved = 4 * features * (4 * n + 3 * classes)
+        sides: dict[str, Side] = {
+            side: partial(_dual_head, backend, x, linear, tangent, out, logits.softmax(1))
+            for side, backend in (("fused", "compiled"), ("pytorch", "reference"))
+        }
+        cases[f"linear layer and cross-entropy, dual, {n}x{features}x{classes}"] = moved, sides
+    return cases
+
+
+def _dual_head(backend: str, x: Tensor, linear: Linear, tangent: Linear, out: Linear, targets: Tensor) -> None:
+    n, phis = len(targets), targets.new_empty(len(targets))
+    with using(backend):
+        cotangents = in_step.dual_cotangents(x, linear, tangent, targets, n, phis)
+        in_step.gradients(cotangents, x, linear.weight, tangent.weight, out)
 
 
 def convolutions(clock: Clock, small: bool) -> Iterator[dict[str, Any]]:
@@ -387,6 +415,7 @@ OPERATORS: dict[str, Callable[[torch.device, bool], dict[str, tuple[int, dict[st
     "dsa": dsa,
     "norm_pool": norm_pool,
     "norm_pool_layers": norm_pool_layers,
+    "head": head,
 }
 PARTS = *STEPS, *OPERATORS  # what matters most comes first
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,16 +85,29 @@ def _load_emulated() -> str | None:
     return None if state == "loaded" else state
 
 
-@pytest.fixture(params=["reference", "compiled", "emulated", "cuda"])
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """Each backend in turn, made the one in use; one that cannot run here is skipped with the reason."""
-    name = request.param
+@contextmanager
+def _in_use(name: str) -> Iterator[Backend]:
+    """A backend, made the one in use; one that cannot run here is skipped with the reason."""
     if reason := _why_not(name):
         (pytest.fail if name in REQUIRED else pytest.skip)(f"backend {name}: {reason}")
     chosen = Backend(name, torch.device("cuda" if name == "cuda" else "cpu"))
     with _library.using(chosen.operators):
         yield chosen
     _ran.add(name)
+
+
+@pytest.fixture(params=["reference", "compiled", "emulated", "cuda"])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each backend in turn."""
+    with _in_use(request.param) as chosen:
+        yield chosen
+
+
+@pytest.fixture
+def emulated() -> Iterator[Backend]:
+    """The emulated CUDA kernels alone."""
+    with _in_use("emulated") as chosen:
+        yield chosen
 
 
 @pytest.fixture

@@ -60,11 +60,30 @@ inline void check_floating(const char* name, const Tensor& t) {
     fail("ddpp: ", name, " must be float32 or float64, got ", torch::headeronly::toString(t.scalar_type()));
 }
 
+// run(T()) for the dtype of a tensor that check_floating has let pass.
+template <class Run>
+void by_dtype(const Tensor& t, const Run& run) {
+  t.scalar_type() == ScalarType::Float ? run(float()) : run(double());
+}
+
 inline void check_like(const char* name, const Tensor& t, const char* model_name, const Tensor& model) {
   if (t.dim() != model.dim() || shape(t) != shape(model))
     fail("ddpp: ", name, " must have the shape of ", model_name, " ", shape(model), ", got ", shape(t));
   if (t.scalar_type() != model.scalar_type()) fail("ddpp: ", name, " must have the dtype of ", model_name);
   if (t.device() != model.device()) fail("ddpp: ", name, " must be on the device of ", model_name);
+}
+
+// Of a tensor that a kernel takes as it is: its size, without gaps, and like the model in all else.
+inline void check_size(const char* name, const Tensor& t, const std::vector<int64_t>& size,
+                       const char* model_name, const Tensor& model) {
+  bool same = t.dim() == static_cast<int64_t>(size.size());
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == size[i];
+  std::ostringstream wanted;
+  for (size_t i = 0; i < size.size(); ++i) wanted << (i ? ", " : "") << size[i];
+  if (!same) fail("ddpp: ", name, " must be [", wanted.str(), "], got ", shape(t));
+  if (t.scalar_type() != model.scalar_type()) fail("ddpp: ", name, " must have the dtype of ", model_name);
+  if (t.device() != model.device()) fail("ddpp: ", name, " must be on the device of ", model_name);
+  if (!t.is_contiguous()) fail("ddpp: ", name, " must be contiguous");
 }
 
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -10,16 +10,6 @@
 namespace ddpp {
 namespace {
 
-void check_size(const char* name, const Tensor& t, const std::vector<int64_t>& size, const Tensor& model) {
-  bool same = t.dim() == static_cast<int64_t>(size.size());
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == size[i];
-  std::ostringstream wanted;
-  for (size_t i = 0; i < size.size(); ++i) wanted << (i ? ", " : "") << size[i];
-  if (!same) fail("ddpp: ", name, " must be [", wanted.str(), "], got ", shape(t));
-  if (t.scalar_type() != model.scalar_type()) fail("ddpp: ", name, " must have the dtype of theta");
-  if (!t.is_contiguous()) fail("ddpp: ", name, " must be contiguous");
-}
-
 ConvNetSize checked_size(const Tensor& theta, const Tensor& images, int64_t classes, int64_t pad_y,
                          int64_t pad_x, int64_t depth, int64_t filters, double eps, int64_t m,
                          int64_t parts) {
@@ -27,7 +17,7 @@ ConvNetSize checked_size(const Tensor& theta, const Tensor& images, int64_t clas
   if (images.dim() != 4) fail("ddpp: images must be [N, C, H, W], got ", shape(images));
   const ConvNetSize size{images.size(0), images.size(1), images.size(2), images.size(3), pad_y,
                          pad_x,          depth,          filters,        classes,        eps};
-  check_size("images", images, {size.n, size.channels, size.height, size.width}, theta);
+  check_size("images", images, {size.n, size.channels, size.height, size.width}, "theta", theta);
   if (m != 2 && m != 4) fail("ddpp: m must be 2 or 4, got ", m);
   if (size.n < 1 || parts < 1 || parts > size.n)
     fail("ddpp: parts must be from 1 to the number of images, ", size.n, ", got ", parts);
@@ -35,7 +25,7 @@ ConvNetSize checked_size(const Tensor& theta, const Tensor& images, int64_t clas
     fail("ddpp: depth (at most 16), filters, classes and channels must be positive, paddings not negative");
   if (size.rows(depth) < 1 || size.columns(depth) < 1)
     fail("ddpp: images ", shape(images), " are too small for ", depth, " poolings");
-  check_size("theta", theta, {size.parameters()}, theta);
+  check_size("theta", theta, {size.parameters()}, "theta", theta);
   return size;
 }
 
@@ -45,12 +35,6 @@ double* checked_account(std::optional<Tensor>& account) {
       account->size(0) != kConvNetAccounts || !account->is_contiguous())
     fail("ddpp: account must be float64 [", static_cast<int>(kConvNetAccounts), "], got ", shape(*account));
   return account->mutable_data_ptr<double>();
-}
-
-// run(T()) for the dtype of t
-template <class Run>
-void by_dtype(const Tensor& t, const Run& run) {
-  t.scalar_type() == ScalarType::Float ? run(float()) : run(double());
 }
 
 // What every face of a step needs.
@@ -71,7 +55,7 @@ void logits_op(const Tensor& theta, const Tensor& images, int64_t pad_y, int64_t
   if (logits.dim() != 2) fail("ddpp: logits must be [N, K], got ", shape(logits));
   const ConvNetSize size =
       checked_size(theta, images, logits.size(1), pad_y, pad_x, depth, filters, eps, m, parts);
-  check_size("logits", logits, {size.n, size.classes}, theta);
+  check_size("logits", logits, {size.n, size.classes}, "theta", theta);
   by_dtype(theta, [&](auto t) {
     using T = decltype(t);
     convnet_cpu<T>().logits(step_on<T>(size, m, parts, theta, images), logits.mutable_data_ptr<T>(),
@@ -86,13 +70,13 @@ void step_op(const Tensor& theta, const Tensor* tangent, const Tensor& images, c
   if (targets.dim() != 2) fail("ddpp: targets must be [N, K], got ", shape(targets));
   const ConvNetSize size =
       checked_size(theta, images, targets.size(1), pad_y, pad_x, depth, filters, eps, m, parts);
-  check_size("targets", targets, {size.n, size.classes}, theta);
-  check_size("gradient", gradient, {size.parameters()}, theta);
+  check_size("targets", targets, {size.n, size.classes}, "theta", theta);
+  check_size("gradient", gradient, {size.parameters()}, "theta", theta);
   if (tangent) {
-    check_size("tangent", *tangent, {size.parameters()}, theta);
-    check_size("d_images", *d_images, {size.n, size.channels, size.height, size.width}, theta);
-    check_size("d_labels", *d_labels, {size.n, size.classes}, theta);
-    check_size("phi", *phi, {}, theta);
+    check_size("tangent", *tangent, {size.parameters()}, "theta", theta);
+    check_size("d_images", *d_images, {size.n, size.channels, size.height, size.width}, "theta", theta);
+    check_size("d_labels", *d_labels, {size.n, size.classes}, "theta", theta);
+    check_size("phi", *phi, {}, "theta", theta);
   }
   double* const account_data = checked_account(account);
   Tensor scratch = empty(theta, {(parts - 1) * size.parameters()}, theta.scalar_type());

@@ -11,6 +11,7 @@ import torch
 
 T = TypeVar("T")
 SIDES = 2
+OF_WEIGHTS, ALONG = range(SIDES)  # what runs there: gradients of weights, and tangents
 _sides: ContextVar[Sequence[torch.cuda.Stream]] = ContextVar("sides", default=())
 
 

@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpp.ops import norm_pool
+from ddpp.ops import head, norm_pool
 from ddpp.ops._library import define, ops, references
-from ddpp.ops._streams import Beside
+from ddpp.ops._streams import ALONG, OF_WEIGHTS, Beside
 
 TILES = (0, 2, 4)
 #: What the seconds of a compiled step go into, and its bytes.
@@ -179,17 +179,14 @@ def adjoint(
 # There a step on few images takes as long as its kernels are many: what belongs together is stacked, results are
 # written where they are wanted, and what nothing waits for, such as the gradients of weights, runs beside the rest.
 
-_OF_WEIGHTS, _ALONG = range(2)  # side streams
-
 _ARCHITECTURE = "int pad_y, int pad_x, int depth, int filters, float eps, int m, int parts"
 
 
 class _Layers(NamedTuple):
-    """Views into a flat vector: weight, scale and shift of each block, weight and bias of the linear layer."""
+    """Views into a flat vector: weight, scale and shift of each block, and the linear layer."""
 
     blocks: list[tuple[Tensor, Tensor, Tensor]]  # [O, I, 3, 3], [O], [O]
-    weight: Tensor  # [K, F]
-    bias: Tensor  # [K]
+    linear: head.Linear
     channels_last: bool  # see Architecture
 
     @classmethod
@@ -205,7 +202,7 @@ class _Layers(NamedTuple):
             )
             blocks.append((planes, scale, shift))
             inputs = filters
-        return cls(blocks, vector[:-classes].view(classes, -1), vector[-classes:], channels_last)
+        return cls(blocks, head.Linear(vector[:-classes].view(classes, -1), vector[-classes:]), channels_last)
 
     def convolving(self, dtype: torch.dtype | None) -> _Layers:
         """The same with weights in layout and dtype of the planes, so that no convolution converts them again."""
@@ -213,7 +210,7 @@ class _Layers(NamedTuple):
 
     def features(self, x: Tensor) -> Tensor:
         """The last planes as rows in the order and dtype of the linear layer's weight. [n, F]"""
-        return (x.permute(0, 2, 3, 1) if self.channels_last else x).flatten(1).to(self.weight.dtype)
+        return (x.permute(0, 2, 3, 1) if self.channels_last else x).flatten(1).to(self.linear.weight.dtype)
 
     def planes(self, rows: Tensor, like: Tensor) -> Tensor:
         """The way back of :meth:`features`, for gradients. [n, C, h, w]"""
@@ -221,9 +218,12 @@ class _Layers(NamedTuple):
         planes = rows.view(n, h, w, c).permute(0, 3, 1, 2) if self.channels_last else rows.view(n, c, h, w)
         return _planes(planes, like.dtype)
 
-    def write_weights(self, found: list[Tensor]) -> None:
-        """Copies the gradients of the weights, those of the last block first, into the vector: a GPU's one launch."""
-        torch._foreach_copy_([weight for weight, _, _ in reversed(self.blocks)], found)
+    def write(self, gradient: Tensor, blocks: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Writes the blocks' parts of a gradient, those of the last block first, to its vector: a GPU's one launch."""
+        zeros, parts = torch.zeros_like(self.blocks[0][1]), []  # of the convolutions' biases
+        for weight, *norm in reversed(blocks):
+            parts += [(weight.permute(0, 2, 3, 1) if self.channels_last else weight).flatten(), zeros, *norm]
+        torch.cat(parts, out=gradient[: sum(map(len, parts))])
 
 
 def _planes(x: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -246,9 +246,9 @@ def _padding(block: int, pad_y: int, pad_x: int) -> tuple[int, int]:
 
 
 def _summed(gradient: Tensor, run: Callable[..., None], *batch: Tensor) -> None:
-    """The sum over micro-batches of the gradients that ``run(gradient, *micro_batch)`` writes over zeros."""
+    """The sum over micro-batches of the gradients that ``run(gradient, *micro_batch)`` writes."""
     for k, micro_batch in enumerate(_micro_batches(*batch)):
-        part = torch.zeros_like(gradient) if k else gradient.zero_()
+        part = torch.empty_like(gradient) if k else gradient
         run(part, *micro_batch)
         if k:
             gradient.add_(part)
@@ -275,17 +275,6 @@ def _convolution_gradients(
     return (_convolution_backward(*arguments, (True, False))[0] if of_input else None), d_weight
 
 
-def _linear_gradients(cotangents: Tensor, features: Tensor, by_value: Tensor, sums: _Layers) -> None:
-    """Writes those of the linear layer's weight and bias to ``sums``."""
-    torch.mm(cotangents.t(), features, out=sums.weight)
-    torch.sum(by_value, 0, out=sums.bias)
-
-
-def _softmax_backward(grad: Tensor, probabilities: Tensor, out: Tensor) -> None:
-    """out = p (grad - <p, grad>). [n, K]"""
-    torch.ops.aten._softmax_backward_data.out(grad, probabilities, 1, grad.dtype, grad_input=out)
-
-
 @define(f"convnet_logits(Tensor theta, Tensor images, {_ARCHITECTURE}, Tensor(a!) logits) -> ()")
 def _logits(
     theta: Tensor,
@@ -308,7 +297,7 @@ def _logits(
         for k, (weight, scale, shift) in enumerate(layers.blocks):
             y = F.conv2d(x, weight, padding=_padding(k, pad_y, pad_x))
             x = norm_pool.norm_relu_pool_forward(y, scale, shift, eps).out
-        out.copy_(torch.addmm(layers.bias, layers.features(x), layers.weight.t()))
+        out.copy_(torch.addmm(layers.linear.bias, layers.features(x), layers.linear.weight.t()))
 
 
 @define(
@@ -335,15 +324,16 @@ def _gradient(
     layers = _Layers.of(theta, *size).convolving(plane_dtype)
 
     def run(part: Tensor, x: Tensor, target: Tensor) -> None:
-        _gradient_of(_planes(x, plane_dtype), target, len(images), layers, _Layers.of(part, *size), pad, eps)
+        linear = _Layers.of(part, *size).linear
+        layers.write(part, _gradient_of(_planes(x, plane_dtype), target, len(images), layers, linear, pad, eps))
 
     _summed(gradient, run, images, targets)
 
 
 def _gradient_of(
-    x: Tensor, target: Tensor, n: int, layers: _Layers, sums: _Layers, pad: tuple[int, int], eps: float
-) -> None:
-    """Writes to ``sums`` what some of n images add to the gradient."""
+    x: Tensor, target: Tensor, n: int, layers: _Layers, d_linear: head.Linear, pad: tuple[int, int], eps: float
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What some of n images add to the gradient of the blocks, the last one's first; the linear layer's is written."""
     seen = []
     for k, (weight, scale, shift) in enumerate(layers.blocks):
         y = _convolved(x, weight, _padding(k, *pad))
@@ -351,19 +341,18 @@ def _gradient_of(
         seen.append((x, y, out.statistics))
         x = out.out
     features = layers.features(x)
-    d_logits = (torch.addmm(layers.bias, features, layers.weight.t()).softmax(1) - target).div_(n)
-    of_weights = Beside(_OF_WEIGHTS)
-    of_weights(_linear_gradients, d_logits, features, d_logits, sums)
-    grad, d_weights = layers.planes(d_logits @ layers.weight, x), []
+    cotangents = head.cotangents(features, layers.linear, target, n)
+    grad = layers.planes(head.gradients(cotangents, features, layers.linear.weight, None, d_linear), x)
+    of_weights, found = Beside(OF_WEIGHTS), []
     for k in reversed(range(len(seen))):
         (weight, scale, shift), (x, y, statistics) = layers.blocks[k], seen.pop()
-        _, d_scale, d_shift = sums.blocks[k]
-        back = norm_pool.Backward(y, d_scale, d_shift)  # over the planes, which nothing else needs any more
+        # Over the planes, which nothing else needs any more.
+        back = norm_pool.Backward(y, torch.empty_like(scale), torch.empty_like(shift))
         norm_pool.norm_relu_pool_backward(grad, y, scale, shift, statistics, out=back)
         grad, d_weight = _convolution_gradients(y, x, weight, _padding(k, *pad), k > 0, of_weights)
-        d_weights.append(d_weight)
+        found.append((d_weight, back.scale, back.shift))
     of_weights.wait()
-    sums.write_weights(d_weights)
+    return found
 
 
 @define(
@@ -392,42 +381,23 @@ def _adjoint(
 ) -> None:
     size, pad, n = (images.shape[1], depth, filters, targets.shape[1], channels_last), (pad_y, pad_x), len(images)
     layers, tangents = (_Layers.of(v, *size).convolving(plane_dtype) for v in (theta, tangent))
-    phis = []
+    phis = phi.new_empty(n)
 
-    def run(part: Tensor, x: Tensor, target: Tensor, d_x: Tensor, *d_label: Tensor) -> None:
-        sums = _Layers.of(part, *size)
+    def run(part: Tensor, x: Tensor, target: Tensor, d_x: Tensor, *shares: Tensor) -> None:
+        d_linear = _Layers.of(part, *size).linear
         faces, seen = _dual_forward(_planes(x, plane_dtype), layers, tangents, pad, eps)
         features = layers.features(faces)
-        value, along = features.chunk(2)
-        beside, of_weights = Beside(_ALONG), Beside(_OF_WEIGHTS)
-        logits_tangent = beside(_logits_tangent, value, along, layers, tangents)
-        softmax = torch.addmm(layers.bias, value, layers.weight.t()).softmax(1)
-        cotangents = target.new_empty(2 * len(x), target.shape[1])  # [2 n, K]
-        beside.wait()
-        by_value, by_tangent = cotangents.chunk(2)
-        _softmax_backward(logits_tangent, softmax, out=by_value)
-        torch.sub(softmax, target, out=by_tangent)
-        cotangents.div_(n)
-        phis.append(of_weights(torch.dot, by_tangent.flatten(), logits_tangent.flatten()))
-        for out in d_label:  # if it is wanted
-            _softmax_backward(logits_tangent, target, out=out)
-            out.div_(-n)
-        of_weights(_linear_gradients, cotangents, features, by_value, sums)
-        grads = cotangents @ layers.weight
-        grads[: len(x)].addmm_(by_tangent, tangents.weight)
-        grads = layers.planes(grads, faces)
-        d_x.copy_(_dual_backward(grads, layers, tangents, sums, seen, pad, of_weights))
+        cotangents = head.dual_cotangents(features, layers.linear, tangents.linear, target, n, *shares)
+        grads = head.gradients(cotangents, features, layers.linear.weight, tangents.linear.weight, d_linear)
+        d_planes, blocks = _dual_backward(layers.planes(grads, faces), layers, tangents, seen, pad)
+        layers.write(part, blocks)
+        d_x.copy_(d_planes)
 
-    _summed(gradient, run, images, targets, d_images, *([] if d_labels is None else [d_labels]))
-    phi.copy_(phis[0] if len(phis) == 1 else torch.stack(phis).sum())
+    _summed(gradient, run, images, targets, d_images, phis, *([] if d_labels is None else [d_labels]))
+    torch.sum(phis, 0, out=phi)
 
 
 # Dual numbers are stacked: n values, then n tangents.
-
-
-def _logits_tangent(value: Tensor, along: Tensor, layers: _Layers, tangents: _Layers) -> Tensor:
-    """From the last planes' values and tangents, as rows [n, F]. [n, K]"""
-    return torch.addmm(tangents.bias, along, layers.weight.t()).addmm_(value, tangents.weight.t())
 
 
 def _stacked(n: int, y: Tensor, height: int, width: int) -> Tensor:
@@ -440,7 +410,7 @@ def _dual_forward(
     images: Tensor, layers: _Layers, tangents: _Layers, pad: tuple[int, int], eps: float
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
     """The last pooled planes, stacked, and of each block its input and planes, stacked, its tangents and statistics."""
-    x, n, seen, beside = images, len(images), [], Beside(_ALONG)  # the images' tangent is 0: it is left out
+    x, n, seen, beside = images, len(images), [], Beside(ALONG)  # the images' tangent is 0: it is left out
     for k, ((weight, scale, shift), along) in enumerate(zip(layers.blocks, tangents.blocks, strict=True)):
         padding = _padding(k, *pad)
         by_tangent, both = beside(_convolved, x[:n], along[0], padding), _convolved(x, weight, padding)
@@ -458,19 +428,18 @@ def _dual_backward(
     grads: Tensor,
     layers: _Layers,
     tangents: _Layers,
-    sums: _Layers,
     seen: list[tuple[Tensor, Tensor, Tensor, Tensor]],
     pad: tuple[int, int],
-    of_weights: Beside,
-) -> Tensor:
-    """The gradient of the images from that of the last pooled planes; those of parameters are written to ``sums``."""
-    beside, d_weights = Beside(_ALONG), []
+) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+    """From the gradient of the last pooled planes that of the images, and of the blocks, the last one's first."""
+    beside, of_weights, found = Beside(ALONG), Beside(OF_WEIGHTS), []
     for k in reversed(range(len(seen))):
-        (weight, scale, shift), along, (_, d_scale, d_shift) = layers.blocks[k], tangents.blocks[k], sums.blocks[k]
+        (weight, scale, shift), along = layers.blocks[k], tangents.blocks[k]
         x, both, y_tangent, statistics = seen.pop()
         n, padding = len(y_tangent), _padding(k, *pad)
         y = both[:n]
-        back = norm_pool.DualBackward(y, y_tangent, d_scale, d_shift)  # over the planes, as in the plain step
+        # Over the planes, as in the plain step.
+        back = norm_pool.DualBackward(y, y_tangent, torch.empty_like(scale), torch.empty_like(shift))
         norm_pool.norm_relu_pool_dual_backward(
             grads[:n], grads[n:], y, y_tangent, scale, along[1], shift, statistics, out=back
         )
@@ -478,7 +447,6 @@ def _dual_backward(
         grads, d_weight = _convolution_gradients(both, x, weight, padding, True, of_weights)
         beside.wait()
         grads[:n].add_(through)
-        d_weights.append(d_weight)
+        found.append((d_weight, back.scale, back.shift))
     of_weights.wait()
-    sums.write_weights(d_weights)
-    return grads
+    return grads, found
