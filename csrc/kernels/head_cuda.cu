@@ -16,7 +16,7 @@ constexpr int kOutputThreads = 512;    // ten classes in one round
 constexpr int kGradientThreads = 256;  // few enough images to each warp, and few warps' sums to add
 constexpr int kWarps = kGradientThreads / kWarpSize;
 constexpr int64_t kMaxBlocks = 2147483647, kMaxLayers = 65535;  // of a grid in x and in z
-constexpr int64_t kMaxShared = 48 * 1024;
+constexpr int64_t kMaxShared = 48 * 1024, kMaxColumns = int64_t{1} << 30;
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarpSize; }
@@ -207,7 +207,8 @@ template <bool dual, class T, int width>
 int launch_cotangents(const HeadLayer<T>& layer, const T* targets, int64_t count, T* cotangents, T* d_labels,
                       T* phis, const Queue& queue) {
   const int64_t bytes = (dual ? 2 : 1) * layer.k * static_cast<int64_t>(sizeof(T));
-  if (bytes > kMaxShared || layer.n > kMaxBlocks) return static_cast<int>(cudaErrorInvalidValue);
+  if (bytes > kMaxShared || layer.n > kMaxBlocks || layer.f > kMaxColumns)
+    return static_cast<int>(cudaErrorInvalidValue);
   DDPP_LAUNCH((cotangents_kernel<dual, T, width>), static_cast<unsigned>(layer.n), kOutputThreads,
               static_cast<size_t>(bytes), queue.stream, layer, targets, static_cast<T>(count), cotangents,
               d_labels, phis);
