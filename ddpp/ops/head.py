@@ -23,7 +23,8 @@ from torch import Tensor
 from ddpp.ops._library import define, ops
 from ddpp.ops._streams import ALONG, Beside
 
-#: Products of a matrix that kernels still take: beyond, each image's own look at the weights costs more than launches.
+#: Up to so many products of features and weights, and classes, the kernels are used: each image reads all weights for
+#: itself, which costs more than launches beyond.
 MOST_PRODUCTS, MOST_CLASSES = 2**23, 1024
 
 
