@@ -126,13 +126,23 @@ def match_loss(device: torch.device, small: bool) -> dict[str, tuple[int, dict[s
 
 
 def dsa(device: torch.device, small: bool) -> dict[str, tuple[int, dict[str, Side]]]:
+    """All groups at once, and each alone: distillation draws one a step."""
+    cases = {}
+    for name, groups in {"all groups": augment.GROUPS, **{group: (group,) for group in augment.GROUPS}}.items():
+        cases |= _dsa_of(name, groups, device, small)
+    return cases
+
+
+def _dsa_of(
+    name: str, groups: tuple[str, ...], device: torch.device, small: bool
+) -> dict[str, tuple[int, dict[str, Side]]]:
     n, size = (8, 32) if small else (500, 64)
     draw = torch.Generator().manual_seed(0)
-    plan = augment.draw(1, n, size, size, groups=augment.GROUPS, mode="all", generator=draw)[0].to(device)
+    plan = augment.draw(1, n, size, size, groups=groups, mode="all", generator=draw)[0].to(device)
     images = torch.randn(n, 3, size, size, generator=draw).to(device)
     forward: dict[str, Side] = {
         "fused": lambda: dsa_augment(images, plan),
-        "pytorch": lambda: in_torch.reference(images, plan, augment.GROUPS),  # need not look at the plan, and wait
+        "pytorch": lambda: in_torch.reference(images, plan, groups),  # need not look at the plan, and wait
         "copy": images.clone,  # which of so few bytes is slower than of many
     }
 
@@ -142,7 +152,7 @@ def dsa(device: torch.device, small: bool) -> dict[str, tuple[int, dict[str, Sid
         return lambda: torch.autograd.grad(augmented, leaf, images, retain_graph=True)
 
     moved = 2 * images.nbytes
-    name = f"DSA, all groups, {n}x3x{size}x{size}"
+    name = f"DSA, {name}, {n}x3x{size}x{size}"
     return {
         f"{name}, forward": (moved, forward),
         f"{name}, adjoint": (moved, {"fused": backward(True), "pytorch": backward(False)}),

@@ -1,12 +1,10 @@
-// One block augments one image in shared memory. Between reading it from device memory and writing it there
-// lie a pass for crop, cutout, flip, scaling and colour together, and one for the rotation. In between the
-// channels of a pixel stand side by side: one address serves the taps of all of them, and three values a
-// pixel, an odd number, spread over all banks.
+// One block augments one image in shared memory: it is read from device memory once and written there once,
+// and between lie only the passes that the image's row of the plan asks for. Drawn one group at a time, that
+// is one. In between the channels of a pixel stand side by side: one address serves the taps of all of them,
+// and three values a pixel, an odd number, spread over all banks.
 //
-// In every pass a warp takes rows of pixels and its lanes the columns: no division finds a pixel's place, and
-// what depends on the row alone is the same for the whole warp, branches too.
-
-#include <type_traits>
+// In a pass a warp takes rows of pixels and its lanes the columns: no division finds a pixel's place, and
+// what depends on the row alone is the same for the whole warp, branches too. Colour and copies take packs.
 
 #include "kernels/cuda_compat.h"
 #include "kernels/dsa.h"
@@ -25,16 +23,14 @@ constexpr int64_t kMaxScratchBlocks = 264;  // where each block needs scratch; f
 constexpr int64_t kStaticShared = 1024;  // at least what sums and the runtime take of a block's shared memory
 constexpr int kReach = 3;  // outputs of a resampling on one axis that take from a pixel, in every drawn plan
 
-// A weighted sum of pixels, and the sum of its weights.
+// A weighted sum of pixels.
 template <class T, int channels>
 struct Mixture {
   T at[channels];
-  T weight;
 
   __device__ __forceinline__ void add(T share, const T* pixel) {
     if (share == 0) return;  // the pixel may be outside; and what is not finite there stays there
     for (int c = 0; c < channels; ++c) at[c] += share * pixel[c];
-    weight += share;
   }
 };
 
@@ -61,26 +57,26 @@ __device__ __forceinline__ T centre(int size) {
 // mean, which the saturation does not change.
 template <class T, int channels>
 struct Recolor {
-  bool on;
-  T own, shared, offset;
+  bool on = false;
+  T own = 1, shared = 0, offset = 0;
 
+  Recolor() = default;
   __device__ Recolor(const Color& color, T mean)
       : on(color.on()),
         own(static_cast<T>(color.contrast) * color.saturation),
         shared(static_cast<T>(color.contrast) * (1 - static_cast<T>(color.saturation)) * (T(1) / channels)),
         offset((1 - static_cast<T>(color.contrast)) * mean + color.brightness) {}
 
-  // Black has a colour, what is outside or cut out has none: the offset goes by the weight.
-  __device__ __forceinline__ void operator()(Mixture<T, channels>* x) const {
-    if (!on || x->weight == 0) return;
-    T sum = x->at[0];
-    for (int c = 1; c < channels; ++c) sum += x->at[c];
-    const T rest = shared * sum + offset * x->weight;
-    for (int c = 0; c < channels; ++c) x->at[c] = own * x->at[c] + rest;
+  __device__ __forceinline__ void operator()(Mixture<T, channels>* pixel) const {
+    if (!on) return;
+    T sum = pixel->at[0];
+    for (int c = 1; c < channels; ++c) sum += pixel->at[c];
+    const T rest = shared * sum + offset;
+    for (int c = 0; c < channels; ++c) pixel->at[c] = own * pixel->at[c] + rest;
   }
 };
 
-// ---- crop, cutout, flip and scaling: apart from the cutout's box, rows and columns are independent ----
+// ---- crop, flip and scaling: rows and columns are independent ----
 
 // x between 0 and 1; NaN gives 0
 __device__ __forceinline__ float saturated(float x) { return __saturatef(x); }
@@ -104,19 +100,12 @@ __device__ __forceinline__ int first_candidate(T low, int count, int size) {
   return static_cast<int>(clamped(low + 1, T(0), static_cast<T>(size > count ? size - count : 0)));
 }
 
-// On one axis, the taps of a pixel of the result: the source's pixels from `first` on.
+// On one axis, what a pixel of the result takes: the source's pixels from `first` on. Those outside have no
+// weight.
 template <class T>
 struct alignas(16) Taps {
-  T weight[2];
-  int first;
-  unsigned cut;  // bit k: tap k lies in the rows, or columns, of the cutout's box
-  __device__ bool cuts(int k) const { return cut >> k & 1; }
-};
-template <class T>
-struct alignas(16) TransposedTaps {
   T weight[kReach];
   int first;
-  __device__ static bool cuts(int) { return false; }  // the box is one of the result
 };
 
 // One axis of a Move and of the scaling that follows it, or whose transpose precedes it.
@@ -124,13 +113,20 @@ template <class T>
 struct Axis {
   int size, shift;
   bool mirror;
-  int begin, end;  // of the box
   T scale;
 
   __device__ int source(int i) const { return mirror ? shift - i : shift + i; }
 
+  // The move alone: one tap.
+  __device__ Taps<T> moved(int i) const {
+    Taps<T> found{};
+    found.first = source(i);
+    found.weight[0] = within(found.first, 0, size);
+    return found;
+  }
+
   // The scaling's two taps, each taken through the move.
-  __device__ void find(int i, Taps<T>* taps) const {
+  __device__ Taps<T> sampled(int i) const {
     T second;
     const T x = multiply_add(scale, static_cast<T>(i) - centre<T>(size), centre<T>(size));
     const int tap = locate(x, size, &second) - 1;
@@ -138,18 +134,17 @@ struct Axis {
     found.first = source(mirror ? tap + 1 : tap);
     for (int k = 0; k < 2; ++k) {
       const int moved = mirror ? tap + 1 - k : tap + k;
-      if (within(moved, begin, end)) found.cut |= 1u << k;
       if (within(moved, 0, size) && within(found.first + k, 0, size))
         found.weight[k] = moved == tap ? 1 - second : second;
     }
-    *taps = found;
+    return found;
   }
 
   // The transposed scaling collects the pixel that the move takes.
-  __device__ void find(int i, TransposedTaps<T>* taps) const {
+  __device__ Taps<T> collected(int i) const {
     const int from = source(i);
     const T u = static_cast<T>(from) - centre<T>(size), shrink = 1 / scale;
-    TransposedTaps<T> found{};
+    Taps<T> found{};
     found.first =
         first_candidate(u * shrink + centre<T>(size) - with_margin(magnitude(shrink)), kReach, size);
     for (int k = 0; k < kReach; ++k) {
@@ -157,7 +152,7 @@ struct Axis {
       if (within(from, 0, size) && to < size)
         found.weight[k] = share(multiply_add(scale, static_cast<T>(to) - centre<T>(size), -u));
     }
-    *taps = found;
+    return found;
   }
 };
 
@@ -216,31 +211,38 @@ struct Neighbourhood {
 // ---- one block per image ----
 
 // What a block works in: the taps of the rows and columns; an image of [height, width, channels]; another
-// one, with a border of a row above and two below. In bytes from the beginning.
+// one. Above the first lies a row, below each of them two. In bytes from the beginning.
 struct Layout {
   int64_t front, back, bytes;
 };
 
-// What the whole block needs of a row of the plan.
+// A row of the plan, asked for before the image so that it is on its way at the same time.
+struct PlanRow {
+  float at[kPlanSize];
+  __device__ explicit PlanRow(const float* p) {
+    for (int k = 0; k < kPlanSize; ++k) at[k] = p[k];
+  }
+};
+
+// What the whole block needs of it.
 template <class T>
 struct Stages {
   Color color;
-  Move move;
+  Move move, box;  // the box is one of the image that is not yet, or no longer, moved
   Linear<T> scale, rotation;
 };
 
 template <class T, int channels, bool transpose, int threads>
 struct Block {
   static constexpr int warps = threads / kWarpSize;
-  static constexpr int taps_each = transpose ? kReach : 2;
+  static constexpr int most_taps = transpose ? kReach : 2;  // on an axis, under a scaling
   static constexpr int pack = 16 / sizeof(T);
   using Mixed = Mixture<T, channels>;
-  using AxisTaps = std::conditional_t<transpose, TransposedTaps<T>, Taps<T>>;
 
   int height, width, size;
   bool aligned;  // the image in device memory, to packs
   T *front, *back;
-  AxisTaps* taps;
+  Taps<T>* taps;
 
   __device__ Block(unsigned char* memory, const Layout& layout, int height, int width, bool aligned)
       : height(height),
@@ -249,32 +251,35 @@ struct Block {
         aligned(aligned),
         front(reinterpret_cast<T*>(memory + layout.front)),
         back(reinterpret_cast<T*>(memory + layout.back)),
-        taps(reinterpret_cast<AxisTaps*>(memory)) {}
+        taps(reinterpret_cast<Taps<T>*>(memory)) {}
 
   __device__ void augment(const T* __restrict__ from, const float* p, T* __restrict__ to) const {
-    clear_border();
-    const Stages<T>& stages = find_stages(p);
-    const T mean = total(load(from)) / static_cast<T>(channels * size);
+    const PlanRow row(p);
+    const T sum = load(from);
+    const Stages<T>& stages = find_stages(row.at);
+    const T mean = total(sum) / static_cast<T>(channels * size);
     const Recolor<T, channels> recolor(stages.color, mean);
-    if (!stages.rotation.on()) {
-      move_and_scale(front, [&](int y, int x, Mixed mixed) {
-        recolor(&mixed);
-        for (int c = 0; c < channels; ++c) to[c * size + y * width + x] = mixed.at[c];
-      });
-      return;
-    }
-    move_and_scale(front, [&](int y, int x, Mixed mixed) {
-      recolor(&mixed);
-      for (int c = 0; c < channels; ++c) back[(y * width + x) * channels + c] = mixed.at[c];
-    });
+    const bool scaled = stages.scale.on(), moved = scaled || stages.move.moves(), cut = stages.box.cuts(),
+               turned = stages.rotation.on();
+    if (!moved && !cut && !turned) return store(front, recolor, to);
+    if (recolor.on) paint(front, recolor), __syncthreads();
+    if (cut) cut_out(front, stages.box), __syncthreads();
+    if (!turned && !moved) return store(front, {}, to);
+    if (!turned) return move_and_scale(front, scaled, planes_of(to));
+    clear_border(moved ? back : front);
+    if (moved) move_and_scale(front, scaled, pixels_of(back));
     __syncthreads();
-    rotate(stages.rotation, to);
+    rotate(moved ? back : front, stages.rotation, to);
   }
 
   __device__ void adjoint(const T* __restrict__ from, const float* p, T* __restrict__ to) const {
-    const Stages<T>& stages = find_stages(p);
-    load(from);
+    const PlanRow row(p);
+    T sum = load(from);
+    const Stages<T>& stages = find_stages(row.at);
     __syncthreads();
+    const bool wide = !narrow(stages.scale), scaled = !wide && stages.scale.on(),
+               moved = scaled || stages.move.moves(), cut = stages.box.cuts(), turned = stages.rotation.on(),
+               colored = stages.color.on();
     T *source = front, *target = back;
     const auto next = [&] {
       __syncthreads();
@@ -282,23 +287,18 @@ struct Block {
       source = target;
       target = swapped;
     };
-    if (stages.rotation.on()) rotate_transposed(source, target, stages.rotation), next();
-    if (!narrow(stages.scale)) {
+    if (turned) rotate_transposed(source, target, stages.rotation), next();
+    if (wide) {
       collect<false>(source, target, stages.scale, Neighbourhood<T>(stages.scale, height, width));
       next();
     }
-    const Move move = stages.move;
-    T sum = 0;
-    move_and_scale(source, [&](int y, int x, const Mixed& mixed) {
-      const bool cut = within(y, move.top, move.bottom) && within(x, move.left, move.right);
-      for (int c = 0; c < channels; ++c) {
-        const T value = cut ? T(0) : mixed.at[c];
-        sum += value;
-        target[(y * width + x) * channels + c] = value;
-      }
-    });
+    if (moved && !cut && !colored) return move_and_scale(source, scaled, planes_of(to));
+    if (moved) move_and_scale(source, scaled, pixels_of(target)), next();
+    if (cut) cut_out(source, stages.box), __syncthreads();
+    if (!colored) return store(source, {}, to);
+    if (turned || wide || moved || cut) sum = sum_of(source);
     const T mean = total(sum) / static_cast<T>(channels * size);
-    store(target, Recolor<T, channels>(stages.color, mean), to);
+    store(source, {stages.color, mean}, to);
   }
 
  private:
@@ -316,28 +316,31 @@ struct Block {
   __device__ const Stages<T>& find_stages(const float* p) const {
     DDPP_SHARED(Stages<T>, stages, 1);
     if (thread() == threads - 1)
-      stages[0] = {make_color(p, transpose), make_move(p, height, width, transpose), make_scale<T>(p),
-                   make_rotation<T>(p, height, width)};
+      stages[0] = {make_color(p, transpose), make_move(p, height, width, transpose),
+                   make_move(p, height, width, true), make_scale<T>(p), make_rotation<T>(p, height, width)};
     for (int i = thread(); i < height + width; i += threads) {
       const Move m = make_move(p, height, width, transpose);
-      Linear<T> scale = make_scale<T>(p);
-      if (transpose && !narrow(scale)) scale = {1, 0, 0, 1};
-      if (i < height) {
-        Axis<T>{height, m.dy, false, m.top, m.bottom, scale.yy}.find(i, taps + i);
+      const Linear<T> scale = make_scale<T>(p);
+      const bool row = i < height;
+      const Axis<T> axis =
+          row ? Axis<T>{height, m.dy, false, scale.yy} : Axis<T>{width, m.dx, m.mirror, scale.xx};
+      const int at = row ? i : i - height;
+      if (!scale.on() || (transpose && !narrow(scale))) {
+        taps[i] = axis.moved(at);
       } else {
-        Axis<T>{width, m.dx, m.mirror, m.left, m.right, scale.xx}.find(i - height, taps + i);
+        taps[i] = transpose ? axis.collected(at) : axis.sampled(at);
       }
     }
     return stages[0];
   }
 
-  // Rotations read it. Only here is it written.
-  __device__ void clear_border() const {
+  // What a rotation finds outside of its source, above and below.
+  __device__ void clear_border(T* image) const {
     const int row = width * channels;
     for (int i = thread(); i < row; i += threads) {
-      back[i - row] = 0;
-      back[height * row + i] = 0;
-      back[height * row + row + i] = 0;
+      image[i - row] = 0;
+      image[height * row + i] = 0;
+      image[height * row + row + i] = 0;
     }
   }
 
@@ -367,50 +370,95 @@ struct Block {
   }
   template <int n>
   __device__ void store_packs(const T* image, const Recolor<T, channels>& recolor, T* __restrict__ to) const {
-    using Values = Pack<T, n>;
+    recolored<n>(image, recolor, [&](int i, const Mixed(&pixels)[n]) {
+      Pack<T, n> planes[channels];
+      for (int k = 0; k < n * channels; ++k)
+        planes[k % channels].at[k / channels] = pixels[k / channels].at[k % channels];
+      for (int c = 0; c < channels; ++c) store_whole(to + c * size + i * n, planes[c]);
+    });
+  }
+
+  __device__ void paint(T* image, const Recolor<T, channels>& recolor) const {
+    aligned ? paint_packs<pack>(image, recolor) : paint_packs<1>(image, recolor);
+  }
+  template <int n>
+  __device__ void paint_packs(T* image, const Recolor<T, channels>& recolor) const {
+    recolored<n>(image, recolor, [&](int i, const Mixed(&pixels)[n]) {
+      Pack<T, n> packs[channels];
+      for (int k = 0; k < n * channels; ++k) packs[k / n].at[k % n] = pixels[k / channels].at[k % channels];
+      for (int c = 0; c < channels; ++c) reinterpret_cast<Pack<T, n>*>(image)[i * channels + c] = packs[c];
+    });
+  }
+
+  // put(i, pixels) for the i-th n pixels of an image
+  template <int n, class Put>
+  __device__ void recolored(const T* image, const Recolor<T, channels>& recolor, const Put& put) const {
     DDPP_UNROLL(2)
     for (int i = thread(); i < size / n; i += threads) {
-      Values planes[channels], pixels[channels];
-      for (int c = 0; c < channels; ++c) pixels[c] = reinterpret_cast<const Values*>(image)[i * channels + c];
-      for (int k = 0; k < n; ++k) {
-        Mixed pixel{{}, 1};
-        for (int c = 0; c < channels; ++c)
-          pixel.at[c] = pixels[(k * channels + c) / n].at[(k * channels + c) % n];
-        recolor(&pixel);
-        for (int c = 0; c < channels; ++c) planes[c].at[k] = pixel.at[c];
-      }
-      for (int c = 0; c < channels; ++c) store_whole(to + c * size + i * n, planes[c]);
+      Pack<T, n> packs[channels];
+      Mixed pixels[n];
+      for (int c = 0; c < channels; ++c)
+        packs[c] = reinterpret_cast<const Pack<T, n>*>(image)[i * channels + c];
+      for (int k = 0; k < n * channels; ++k) pixels[k / channels].at[k % channels] = packs[k / n].at[k % n];
+      for (int k = 0; k < n; ++k) recolor(&pixels[k]);
+      put(i, pixels);
     }
   }
 
-  // put(y, x, mixture) for each pixel
+  // This thread's part of the sum of an image's values.
+  __device__ T sum_of(const T* image) const {
+    T sum = 0;
+    for (int i = thread(); i < channels * size; i += threads) sum += image[i];
+    return sum;
+  }
+
+  __device__ void cut_out(T* image, const Move& box) const {
+    for (int y = box.top + warp(); y < box.bottom; y += warps)
+      for (int i = box.left * channels + lane(); i < box.right * channels; i += kWarpSize)
+        image[y * width * channels + i] = 0;
+  }
+
+  // Where a pixel of the result goes: into planes in device memory, or where the next pass finds it.
+  __device__ auto planes_of(T* to) const {
+    return [this, to](int y, int x, const Mixed& pixel) {
+      for (int c = 0; c < channels; ++c) to[c * size + y * width + x] = pixel.at[c];
+    };
+  }
+  __device__ auto pixels_of(T* image) const {
+    return [this, image](int y, int x, const Mixed& pixel) {
+      for (int c = 0; c < channels; ++c) image[(y * width + x) * channels + c] = pixel.at[c];
+    };
+  }
+
   template <class Put>
-  __device__ void move_and_scale(const T* from, const Put& put) const {
+  __device__ void move_and_scale(const T* from, bool scaled, const Put& put) const {
+    scaled ? mix<most_taps>(from, put) : mix<1>(from, put);
+  }
+
+  // put(y, x, pixel) for each pixel, of so many taps on an axis
+  template <int count, class Put>
+  __device__ void mix(const T* from, const Put& put) const {
     for (int x = lane(); x < width; x += kWarpSize) {
-      const AxisTaps column = taps[height + x];
-      T uncut[taps_each];  // the column's weights in the rows of the box
-      for (int k = 0; k < taps_each; ++k) uncut[k] = column.cuts(k) ? T(0) : column.weight[k];
+      const Taps<T> column = taps[height + x];
       const T* const column_taps = from + column.first * channels;
       DDPP_UNROLL(1)
       for (int y = warp(); y < height; y += warps) {
-        const AxisTaps row = taps[y];
+        const Taps<T> row = taps[y];
         const T* tap = column_taps + row.first * width * channels;
         Mixed sum{};
-        for (int j = 0; j < taps_each; ++j, tap += width * channels) {
+        for (int j = 0; j < count; ++j, tap += width * channels) {
           if (transpose && row.weight[j] == 0) continue;  // about one of three, for the whole warp
-          for (int k = 0; k < taps_each; ++k)
-            sum.add(row.weight[j] * (row.cuts(j) ? uncut[k] : column.weight[k]), tap + k * channels);
+          for (int k = 0; k < count; ++k) sum.add(row.weight[j] * column.weight[k], tap + k * channels);
         }
         put(y, x, sum);
       }
     }
   }
 
-  // from the back
-  __device__ void rotate(const Linear<T>& shared_map, T* __restrict__ to) const {
+  __device__ void rotate(const T* from, const Linear<T>& shared_map, T* __restrict__ to) const {
     const Linear<T> map = shared_map;
     const T cy = centre<T>(height), cx = centre<T>(width);
-    const T* const corner = back - (width + 1) * channels;  // where locate() counts from
+    const T* const corner = from - (width + 1) * channels;  // where locate() counts from
     for (int x = lane(); x < width; x += kWarpSize) {
       const T u = static_cast<T>(x) - cx;
       for (int y = warp(); y < height; y += warps) {
@@ -502,10 +550,11 @@ __global__ void __launch_bounds__(threads,
 template <class T>
 Layout make_layout(const ImageBatch& batch) {
   const auto aligned = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
-  const int64_t row = int64_t{batch.width} * batch.channels * sizeof(T), axes = batch.height + batch.width;
-  const int64_t front = axes * static_cast<int64_t>(sizeof(TransposedTaps<T>));
-  const int64_t back = front + aligned(batch.height * row) + aligned(row);
-  return {front, back, back + aligned((batch.height + 2) * row)};
+  const int64_t row = aligned(int64_t{batch.width} * batch.channels * sizeof(T)),
+                image = aligned(int64_t{batch.height} * batch.width * batch.channels * sizeof(T));
+  const int64_t front = (batch.height + batch.width) * static_cast<int64_t>(sizeof(Taps<T>)) + row;
+  const int64_t back = front + image + 2 * row;
+  return {front, back, back + image + 2 * row};
 }
 
 int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }

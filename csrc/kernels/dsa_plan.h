@@ -37,7 +37,9 @@ struct Move {
   int dy, dx;
   bool mirror;
   int top, bottom, left, right;
-  DDPP_HOST_DEVICE bool on() const { return mirror || dy != 0 || dx != 0 || (top < bottom && left < right); }
+  DDPP_HOST_DEVICE bool moves() const { return mirror || dy != 0 || dx != 0; }
+  DDPP_HOST_DEVICE bool cuts() const { return top < bottom && left < right; }
+  DDPP_HOST_DEVICE bool on() const { return moves() || cuts(); }
 };
 
 DDPP_HOST_DEVICE Move make_move(const float* p, int height, int width, bool transpose) {
