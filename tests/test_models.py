@@ -29,6 +29,8 @@ def count(model: nn.Module) -> int:
         ("vgg11", 10, 9_231_114),
         ("alexnet", 10, 1_872_202),
         ("resnet18_ap", 10, 11_250_762),
+        ("lenet", 10, 62_006),
+        ("mlp", 10, 411_146),
     ],
 )
 def test_parameters_at_32_pixels_are_the_published_ones(name: str, classes: int, parameters: int) -> None:
@@ -63,6 +65,13 @@ def test_depth_follows_the_size(size: int, depth: int) -> None:
 def test_one_channel_of_28_pixels_is_padded_to_32() -> None:
     assert build((1, 28, 28)).embed(torch.zeros(1, 1, 28, 28)).shape == (1, 128 * 4 * 4)
     assert build((3, 28, 28)).embed(torch.zeros(1, 3, 28, 28)).shape == (1, 128 * 3 * 3)
+
+
+def test_lenet_sees_what_the_first_one_did() -> None:
+    """One-channel images of 28 pixels as if they had 32, and more pixels than a padded plane of 8 has."""
+    for shape, side in (((1, 28, 28), 5), ((3, 32, 32), 5), ((1, 8, 8), 2), ((3, 64, 64), 13)):
+        layer = next(m for m in build(shape, model="lenet").modules() if isinstance(m, nn.Linear))
+        assert layer.in_features == 16 * side * side
 
 
 def test_instance_normalisation_is_pytorchs() -> None:

@@ -10,10 +10,10 @@ import torch
 from ddpp import seeds
 from ddpp.config import ModelConfig
 from ddpp.errors import UserError
-from ddpp.models import alexnet, convnet, resnet, vgg
+from ddpp.models import alexnet, convnet, lenet, mlp, resnet, vgg
 from ddpp.models.base import MODELS, Network, Shape
 
-__all__ = ["MODELS", "Network", "alexnet", "build", "convnet", "describe", "resnet", "vgg"]
+__all__ = ["MODELS", "Network", "alexnet", "build", "convnet", "describe", "lenet", "mlp", "resnet", "vgg"]
 
 
 def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int) -> Network:
