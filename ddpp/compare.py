@@ -24,12 +24,15 @@ _MAY_DIFFER = (*runs.OF_THE_MACHINE, *(f"evaluate.{name}" for name in _OF_OTHER_
 HEAD = "| network | second - first, points | 95 % interval | pairs |"
 
 
-def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:
+def compare(first: Sequence[Path], second: Sequence[Path], *, evaluated: bool = False) -> dict[str, Any]:
     """Second minus first in points of test accuracy, for each architecture that all runs evaluated.
 
     Network n of a run is paired with network n of the other: both began from the same weights and saw the same draws.
     Networks on one synthetic set tell of that set alone: of several runs a side, each pair counts once, with the mean
     over its networks, and the interval is one of distillations.
+
+    Args:
+        evaluated: by what ``python -m ddpp.evaluate`` has written last of each run, not by the runs' own results.
 
     Returns:
         ``difference`` by architecture: ``mean``, ``margin`` (half of the 95 % interval), ``pairs``; ``of``, what these
@@ -45,7 +48,7 @@ def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:
     for option, folders in (("--first", first), ("--second", second)):
         if len({path.resolve() for path in folders}) < len(folders):
             raise UserError(f"{option} names a run twice, which would count as two; name each once")
-    pairs = [(_read(a), _read(b)) for a, b in zip(first, second, strict=True)]
+    pairs = [(_read(a, evaluated), _read(b, evaluated)) for a, b in zip(first, second, strict=True)]
     for (a, b), names in zip(pairs, zip(first, second, strict=True), strict=True):
         _check_alike(a, b, names)
     shared = [name for name in pairs[0][0]["models"] if all(name in run["models"] for pair in pairs for run in pair)]
@@ -63,11 +66,14 @@ def compare(first: Sequence[Path], second: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    results = runs.read_json(folder / "results.json", "it is no finished run")
+def _read(folder: Path, evaluated: bool) -> dict[str, Any]:
+    path = folder / ("evaluation.json" if evaluated else "results.json")
+    results = runs.read_json(path, "it was not evaluated" if evaluated else "it is no finished run")
+    if "config" not in results:
+        raise UserError(f"{path} is of an earlier version and does not say how; evaluate the run again")
     _, meta = synthetic.load(folder / "synthetic.safetensors")
     # A run of an earlier version lacks options; they are what they are by default.
-    config = Config().with_values(results["config"], f"{folder}/results.json")
+    config = Config().with_values(results["config"], str(path))
     return {**results, "config": asdict(config), "fingerprint": meta["fingerprint"]}
 
 
@@ -123,7 +129,7 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:
-    result = compare([Path(p) for p in args.first], [Path(p) for p in args.second])
+    result = compare([Path(p) for p in args.first], [Path(p) for p in args.second], evaluated=args.evaluated)
     print(_table(result))
     if args.json:
         runs.write_json(Path(args.json), result)
@@ -132,6 +138,11 @@ def _run(config: Config, args: argparse.Namespace) -> None:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first", nargs="+", required=True, metavar="RUN", help="Runs, one a distillation seed.")
     parser.add_argument("--second", nargs="+", required=True, metavar="RUN", help="As many runs of the other method.")
+    parser.add_argument(
+        "--evaluated",
+        action="store_true",
+        help="Compare by what ddpp.evaluate has written last of each run, its evaluation.json.",
+    )
     parser.add_argument("--json", metavar="FILE", help="Also write the result there.")
 
 

@@ -164,8 +164,8 @@ class DistillConfig:
     own: tuple[str, ...] = option((), "Options of a method of your own, each as NAME=VALUE.")
     given: tuple[str, ...] = option(
         (),
-        "Set of method given: .pt files of its images, labels and step size, the last two where they are there, "
-        "one .pt file of all, a folder of pictures, or a set of ddpp.",
+        "Set of method given: .pt or .npy files of its images, labels and step size, the last two where they are "
+        "there, one .pt or .npz file of images and labels, a folder of pictures, or a set of ddpp.",
     )
     given_space: str = option(
         "networks",

@@ -409,7 +409,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     _, meta = synthetic.load(folder / "synthetic.safetensors")
     runs.check_same_data(folder, meta, dataset.fingerprint)
     results = compare(config, dataset, folder, augment.groups_for(config.augment.strategy, dataset.strategy), device)
-    runs.write_json(folder / "evaluation.json", results)
+    runs.write_json(folder / "evaluation.json", {**results, "config": asdict(config)})
     print(runs.accuracy_table(results))
     print(f"\nwritten: {folder}/evaluation.json")
 

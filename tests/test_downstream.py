@@ -117,6 +117,24 @@ def test_of_several_runs_each_counts_once(finished: Path, tmp_path: Path, capsys
     assert "--first names a run twice" in capsys.readouterr().err
 
 
+def test_runs_are_compared_by_their_last_evaluation(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs_of = [tmp_path / "first", tmp_path / "second"]
+    for folder, epochs in zip(runs_of, ("2", "3"), strict=True):
+        shutil.copytree(finished, folder)
+        argv = [str(folder), "--models", "mlp", "lenet", "--networks", "2", "--epochs", epochs, "--full-epochs", "0"]
+        assert evaluate.main(argv) == 0
+    argv = ["--first", str(runs_of[0]), "--second", str(runs_of[1]), "--evaluated"]
+    assert compare.main(argv) == 2
+    assert "evaluate.epochs is 2 and 3" in capsys.readouterr().err
+    assert evaluate.main([str(runs_of[0]), "--models", "lenet", "--networks", "2", "--epochs", "3"]) == 0
+    found = compare.compare(*([folder] for folder in runs_of), evaluated=True)
+    assert list(found["difference"]) == ["lenet"] and found["difference"]["lenet"]["mean"] == 0
+    assert compare.main(["--first", str(finished), "--second", str(runs_of[1]), "--evaluated"]) == 2
+    assert "it was not evaluated" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [

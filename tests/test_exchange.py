@@ -166,6 +166,20 @@ def test_files_as_other_programs_write_them(digits: Dataset, tmp_path: Path) -> 
         assert float(found.step_size) == pytest.approx(0.07)
 
 
+def test_arrays_of_numpy_come_in_with_channels_first_or_last(tmp_path: Path) -> None:
+    images, labels = np.random.default_rng(0).normal(size=(20, 1, 8, 8)).astype(np.float32), np.arange(20) // 2
+    np.savez(tmp_path / "set.npz", images=np.moveaxis(images, 1, -1), labels=labels)
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "labels.npy", labels.astype(np.int32))
+    np.save(tmp_path / "lr.npy", 0.03)
+    for name, files in (("one", ["set.npz"]), ("three", ["images.npy", "labels.npy", "lr.npy"])):
+        assert given(tmp_path / name, [str(tmp_path / file) for file in files]) == 0
+        found = result(tmp_path / name)
+        assert torch.equal(found.images, torch.from_numpy(images))
+        assert torch.equal(found.labels, torch.from_numpy(labels))
+    assert result(tmp_path / "three").step_size == pytest.approx(0.03)
+
+
 def test_images_are_put_class_by_class(tmp_path: Path) -> None:
     images, labels = torch.randn(20, 1, 8, 8), torch.arange(20) % 10
     files = [saved(tmp_path / "images.pt", images), saved(tmp_path / "labels.pt", labels)]
@@ -279,10 +293,21 @@ def test_a_set_that_does_not_fit_is_one_line(
     text.write_text("no tensor")
     (tmp_path / "cut.pt").write_bytes(b"")
     nan = torch.full((20, 1, 8, 8), torch.nan)
+    np.savez(tmp_path / "x.npz", x=np.zeros(3))
+    np.savez(tmp_path / "objects.npz", images=np.array([{}]))
+    np.save(tmp_path / "names.npy", np.array(["a", "b"]))
+    (tmp_path / "text.npy").write_text("no array")
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
     cases: list[tuple[list[str], str]] = [
         ([str(tmp_path / "none.pt")], "cannot read"),
         ([str(text)], "Give files that torch.save wrote."),
         ([str(tmp_path / "cut.pt")], "Give files that torch.save wrote."),
+        ([str(tmp_path / "none.npy")], "cannot read"),
+        ([str(tmp_path / "x.npz")], "its arrays are x, and images would be called images"),
+        ([str(tmp_path / "objects.npz")], "Give numbers that numpy wrote, without objects."),
+        ([str(tmp_path / "names.npy")], "Give numbers that numpy wrote, without objects."),
+        ([str(tmp_path / "text.npy")], "Give numbers that numpy wrote, without objects."),
+        ([str(tmp_path / "cut.npz")], "Give numbers that numpy wrote, without objects."),
         ([images, images, images], "step size must be one number, got [20, 1, 8, 8]"),
         ([file("model.pt", torch.nn.Linear(2, 2))], "Give files that torch.save wrote."),
         ([file("state.pt", {"weight": torch.zeros(2)})], "holds a dict where a tensor"),

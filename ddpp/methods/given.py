@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ class Given:
 
     Labels are class indices [N], or soft ones [N, K] with ``--labels soft``: rows that sum to 1 are probabilities,
     others logits. One file may hold all, as ``{"data": (images, labels)}`` or, as DC's code writes it, a list of such
-    pairs, of which the first is taken; a folder holds pictures, ``<class>/*``. Networks are trained at the set's step
-    size, or at ``--step-size`` without.
+    pairs, of which the first is taken, or as arrays ``images`` and ``labels`` of an ``.npz``; a folder holds pictures,
+    ``<class>/*``. Channels may stand last. Networks are trained at the set's step size, or at ``--step-size`` without.
     """
 
     needs_teachers = False
@@ -51,6 +52,7 @@ class Given:
         settings, dataset = problem.config.distill, problem.dataset
         self._files = " ".join(settings.given)
         images, labels, step_size = _read(problem.config, dataset)
+        images = _channels_first(images, dataset)
         self._check_images(images, dataset, settings.ipc)
         if not (torch.isfinite(step_size) and step_size > 0):
             raise UserError(f"{self._files}: the step size must be positive, got {float(step_size)}")
@@ -116,6 +118,12 @@ class Given:
         return given
 
 
+def _channels_first(images: Tensor, dataset: Dataset) -> Tensor:
+    channels, height, width = dataset.shape
+    last = images.shape[1:] == (height, width, channels) and images.shape[1:] != dataset.shape
+    return images.movedim(-1, 1).contiguous() if last else images
+
+
 def _class_by_class(labels: Tensor, ipc: int) -> Tensor:
     """The order by class, of soft labels by the likeliest one; as given where that is not as many of each. [N]"""
     of = labels.argmax(1) if labels.is_floating_point() else labels
@@ -169,7 +177,9 @@ def _tensor(found: Any, path: Path) -> Tensor:
 
 
 def _load(path: Path) -> Any:
-    """What torch.save wrote; code in a file is not run."""
+    """What torch.save or numpy wrote; code in a file is not run."""
+    if path.suffix in (".npy", ".npz"):
+        return _of_numpy(path)
     scalar = np.float64(0).__reduce__()[0]
     known: list[Any] = [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]  # the older name too
     known += [type(np.dtype(name)) for name in _OF_NUMPY]
@@ -182,3 +192,18 @@ def _load(path: Path) -> Any:
     except (OSError, RuntimeError, EOFError, ValueError) as e:
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f"cannot read {path}: {reason}. Give files that torch.save wrote.") from e
+
+
+def _of_numpy(path: Path) -> Any:
+    """The tensor of an ``.npy``; images, and labels where they are there, of an ``.npz``."""
+    try:
+        with open(path, "rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return torch.from_numpy(found)
+            if "images" not in found:
+                raise ValueError(f"its arrays are {', '.join(found) or 'none'}, and images would be called images")
+            return {"data": [torch.from_numpy(found[name]) for name in ("images", "labels") if name in found]}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"cannot read {path}: {reason}. Give numbers that numpy wrote, without objects.") from e
