@@ -190,6 +190,7 @@ def test_the_step_size_stays_positive() -> None:
     [
         (["--ipc", "1000"], "--ipc 1000 is more than the"),
         (["--max-start-epoch", "9"], "reaches epoch 9, but the teachers have 3."),
+        (["--epsilon", "0"], "--epsilon must be above 0, got 0; to prune nothing, give --prune none or --method mtt"),
         (["--method", "dpp"], "unknown method 'dpp'; did you mean 'ddpp'?"),
         (["--model", "convent"], "unknown model 'convent'; did you mean 'convnet'?"),
         (["--dataset", "digit"], "'digit'; did you mean 'digits'?"),

@@ -32,6 +32,17 @@ class DDPP:
 
     @staticmethod
     def check(config: Config) -> None:
+        """Refuses a bound of ratios that prunes nothing, besides what :meth:`check_starts` does.
+
+        Raises:
+            UserError: it is 0.
+        """
+        if config.distill.prune == "ratio" and not config.distill.epsilon:
+            raise UserError("--epsilon must be above 0, got 0; to prune nothing, give --prune none or --method mtt")
+        DDPP.check_starts(config)
+
+    @staticmethod
+    def check_starts(config: Config) -> None:
         """Refuses a start bound and span that reach beyond the teachers.
 
         Raises:

@@ -16,11 +16,11 @@ class MTT(DDPP):
 
     @staticmethod
     def check(config: Config) -> None:
-        """Refuses a rule of pruning, besides what DDPP refuses.
+        """Refuses a rule of pruning, besides what DDPP refuses of starts.
 
         Raises:
             UserError: it is there.
         """
         if config.distill.prune not in ("ratio", "none"):  # ratio is what stands there unasked
             raise UserError(f"--prune {config.distill.prune} needs --method ddpp: mtt prunes nothing")
-        DDPP.check(config)
+        DDPP.check_starts(config)
