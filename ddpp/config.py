@@ -206,7 +206,7 @@ class EvaluateConfig:
 class RunConfig:
     seed: int = option(0, "Seed of every random draw.", low=0, high=2**63 - 1)
     device: str = option("auto", "Device to run on: auto, cpu, cuda or cuda:N.")
-    threads: int | None = option(None, "CPU threads; by default as many as torch chooses.", low=1)
+    threads: int | None = option(None, "CPU threads; by default as many as torch chooses.", low=1, high=1024)
     plugins: tuple[str, ...] = option(
         (), "Python files, or modules, of yours that register methods, data sets or architectures."
     )

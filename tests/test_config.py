@@ -68,6 +68,7 @@ def test_tf32_is_off_unless_asked_for(argv: list[str], on: bool, capsys: pytest.
         (["--ipc", "0"], "--ipc: distill.ipc must be at least 1, got 0"),
         (["--ipc", "one"], "argument --ipc: invalid int value: 'one'"),
         (["--epsilon", "1.5"], "must be between 0 and 1, got 1.5"),
+        (["--threads", "1000000000000"], "must be between 1 and 1024, got 1000000000000"),
         (["--lr-pixels", "nan"], "must be a finite number, got nan"),
         (["--lr-pixels", "inf"], "must be a finite number, got inf"),
         (["--seed", str(2**63)], f"--seed: run.seed must be between 0 and {2**63 - 1}, got {2**63}"),
