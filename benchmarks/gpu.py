@@ -45,7 +45,7 @@ from ddpp.config import ModelConfig
 from ddpp.gpu import CudaGraphs, Graphs
 from ddpp.ops import convnet, dsa_augment, masked_match_loss
 from ddpp.ops import dsa as in_torch
-from ddpp.ops import head as in_step
+from ddpp.ops import head as head_op
 from ddpp.ops import norm_pool as faces
 from ddpp.ops._library import using
 from ddpp.ops._streams import SIDES
@@ -228,8 +228,8 @@ def head(device: torch.device, small: bool) -> dict[str, tuple[int, dict[str, Si
 def _dual_head(backend: str, x: Tensor, linear: Linear, tangent: Linear, out: Linear, targets: Tensor) -> None:
     n, phis = len(targets), targets.new_empty(len(targets))
     with using(backend):
-        cotangents = in_step.dual_cotangents(x, linear, tangent, targets, n, phis)
-        in_step.gradients(cotangents, x, linear.weight, tangent.weight, out)
+        cotangents = head_op.dual_cotangents(x, linear, tangent, targets, n, phis)
+        head_op.gradients(cotangents, x, linear.weight, tangent.weight, out)
 
 
 def convolutions(clock: Clock, small: bool) -> Iterator[dict[str, Any]]:

@@ -3,8 +3,8 @@
     python tools/check_sass.py ddpp/_cuda.abi3.so --arch sm_90
 
 Ends with 1 when a kernel spills, uses too many registers, loads mostly less than the 16 bytes that its name promises
-(<float, 4> and <double, 2> are an element type and the elements of a pack; 8 bytes for <Bfloat16, 4>), or stores values
-of at most 4 bytes one by one there.
+(<float, 4> and <double, 2> are an element type and the elements of a pack, perhaps behind a bool; 8 bytes for
+<Bfloat16, 4>), or stores values of at most 4 bytes one by one there.
 Needs cuobjdump and nvdisasm: from the CUDA toolkit, from the triton wheel that CUDA builds of torch bring
 along, or pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm.
 """
@@ -27,6 +27,8 @@ PACKS = {
     "double, 2": ("LDG128", ("LDG", "LDG64")),
     "Bfloat16, 4": ("LDG64", ("LDG",)),
 }
+#: Values that a kernel handles beside its packs: loads for each load of a pack, and stores; a tail's one elsewhere.
+SINGLE = {"cotangents_kernel": (0, 6), "gradients_kernel": (1, 1)}
 
 
 def tool_folder() -> Path:
@@ -80,9 +82,11 @@ def readable(name: str) -> str:
 
 def narrow(name: str, row: dict[str, int]) -> bool:
     """Whether a kernel that works on packs loads or stores them in parts."""
+    loads, stores = SINGLE.get(name.partition("<")[0], (0, 1))
     for pack, (whole, parts) in PACKS.items():
-        if f"<{pack}" in name.replace("(int)", ""):
-            return row.get(whole, 0) <= sum(row.get(part, 0) for part in parts) or row.get("STG", 0) > 1  # a tail's
+        if re.search(rf"<((true|false), )?{pack}\b", name.replace("(int)", "")):
+            packs, singles = row.get(whole, 0), sum(row.get(part, 0) for part in parts)
+            return singles - loads * packs >= packs or row.get("STG", 0) > stores
     return False
 
 

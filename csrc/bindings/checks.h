@@ -78,9 +78,11 @@ inline void check_size(const char* name, const Tensor& t, const std::vector<int6
                        const char* model_name, const Tensor& model) {
   bool same = t.dim() == static_cast<int64_t>(size.size());
   for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == size[i];
-  std::ostringstream wanted;
-  for (size_t i = 0; i < size.size(); ++i) wanted << (i ? ", " : "") << size[i];
-  if (!same) fail("ddpp: ", name, " must be [", wanted.str(), "], got ", shape(t));
+  if (!same) {
+    std::ostringstream wanted;
+    for (size_t i = 0; i < size.size(); ++i) wanted << (i ? ", " : "") << size[i];
+    fail("ddpp: ", name, " must be [", wanted.str(), "], got ", shape(t));
+  }
   if (t.scalar_type() != model.scalar_type()) fail("ddpp: ", name, " must have the dtype of ", model_name);
   if (t.device() != model.device()) fail("ddpp: ", name, " must be on the device of ", model_name);
   if (!t.is_contiguous()) fail("ddpp: ", name, " must be contiguous");

@@ -29,8 +29,8 @@ struct Head {
   int (*cotangents)(const HeadLayer<T>& layer, const T* targets, int64_t count, T* cotangents, T* d_labels,
                     T* phis, const Queue& queue);
 
-  // From these the gradients of weight, bias and features, all that are dual by their values; of features by
-  // their tangents too.
+  // From these the gradients of weight, bias and features; with tangents those of phi, by the values, and in
+  // further n rows by the tangents of the features. The layer's bias is not read.
   int (*gradients)(const HeadLayer<T>& layer, const T* cotangents, T* d_weight, T* d_bias, T* d_features,
                    const Queue& queue);
 };

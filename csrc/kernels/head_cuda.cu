@@ -3,6 +3,7 @@
 // class; and for the gradients a block takes a part of the columns, its warps the rows.
 
 #include <initializer_list>
+#include <limits>
 
 #include "kernels/cuda_compat.h"
 #include "kernels/head.h"
@@ -14,8 +15,11 @@ namespace {
 
 constexpr int kOutputThreads = 512;    // ten classes in one round
 constexpr int kGradientThreads = 256;  // few enough images to each warp, and few warps' sums to add
+constexpr int kGradientBlocks = 2;     // of a multiprocessor; unasked, registers are saved and loads wait
 constexpr int kWarps = kGradientThreads / kWarpSize;
 constexpr int64_t kMaxBlocks = 2147483647, kMaxLayers = 65535;  // of a grid in x and in z
+template <class T>
+constexpr T kLeast = -std::numeric_limits<T>::infinity();
 constexpr int64_t kMaxShared = 48 * 1024, kMaxColumns = int64_t{1} << 30;
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
@@ -30,7 +34,7 @@ __device__ __forceinline__ T shared_sum(T value) {
   return __shfl_sync(kFullWarp, warp_sum(value), 0);
 }
 
-// The most of the warp's values, in every lane. A NaN is passed over.
+// The most of the warp's values, in every lane. Another lane's NaN is passed over.
 template <class T>
 __device__ __forceinline__ T shared_max(T value) {
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
@@ -63,32 +67,39 @@ __device__ void write_cotangents(const HeadLayer<T>& layer, T* outputs, const T*
                                  T* __restrict__ d_labels, T* __restrict__ phis) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * layer.k, second = first + layer.n * layer.k;
   const int classes = static_cast<int>(layer.k);
-  T most = outputs[0];
+  T most = kLeast<T>;
+  DDPP_UNROLL(1)
   for (int k = lane(); k < classes; k += kWarpSize) most = outputs[k] > most ? outputs[k] : most;
   most = shared_max(most);
   T sum = 0;
+  DDPP_UNROLL(1)
   for (int k = lane(); k < classes; k += kWarpSize) {
     outputs[k] = exponential(outputs[k] - most);
     sum += outputs[k];
   }
   sum = shared_sum(sum);
   T mean = 0, target_mean = 0;  // of the tangents, by the softmax and by the targets
-  if constexpr (dual) {
-    for (int k = lane(); k < classes; k += kWarpSize) {
-      mean += outputs[k] / sum * tangents[k];
+  DDPP_UNROLL(1)
+  for (int k = lane(); k < classes; k += kWarpSize) {
+    outputs[k] /= sum;
+    if constexpr (dual) {
+      mean += outputs[k] * tangents[k];
       target_mean += targets[first + k] * tangents[k];
     }
+  }
+  if constexpr (dual) {
     mean = shared_sum(mean);
     target_mean = shared_sum(target_mean);
   }
   T phi = 0;
+  DDPP_UNROLL(1)
   for (int k = lane(); k < classes; k += kWarpSize) {
-    const T softmax = outputs[k] / sum, target = targets[first + k], far = (softmax - target) / count;
-    cotangents[(dual ? second : first) + k] = far;
+    const T softmax = outputs[k], target = targets[first + k], by_tangent = (softmax - target) / count;
+    cotangents[(dual ? second : first) + k] = by_tangent;  // plain: by the output
     if constexpr (dual) {
       cotangents[first + k] = softmax * (tangents[k] - mean) / count;
       if (d_labels != nullptr) d_labels[first + k] = target * (target_mean - tangents[k]) / count;
-      phi += far * tangents[k];
+      phi += by_tangent * tangents[k];
     }
   }
   if constexpr (dual) {
@@ -108,7 +119,8 @@ __global__ void __launch_bounds__(kOutputThreads, 1)
   for (int k = warp(); k < static_cast<int>(layer.k); k += kOutputThreads / kWarpSize) {
     const T* const w = layer.weight + k * layer.f;
     const T* const w_tangent = dual ? layer.weight_tangent + k * layer.f : w;
-    T output = 0, tangent = 0;
+    T output = lane() == 0 ? layer.bias[k] : T(0), tangent = 0;  // on its way beside the rest
+    if constexpr (dual) tangent = lane() == 0 ? layer.bias_tangent[k] : T(0);
     DDPP_UNROLL(4)
     for (int c = lane() * width; c < static_cast<int>(layer.f); c += kWarpSize * width) {
       const auto weights = load<width>(w + c), values = load<width>(x + c);
@@ -120,10 +132,10 @@ __global__ void __launch_bounds__(kOutputThreads, 1)
       }
     }
     output = warp_sum(output);
-    if (lane() == 0) outputs[k] = output + layer.bias[k];
+    if (lane() == 0) outputs[k] = output;
     if constexpr (dual) {
       tangent = warp_sum(tangent);
-      if (lane() == 0) tangents[k] = tangent + layer.bias_tangent[k];
+      if (lane() == 0) tangents[k] = tangent;
     }
   }
   __syncthreads();
@@ -153,13 +165,14 @@ __device__ void weight_gradient(const HeadLayer<T>& layer, int64_t k, int64_t ro
   sums[threadIdx.x] = sum;
   if (lane() == 0) biases[warp()] = bias;
   __syncthreads();
-  if (warp() != 0) return;
-  for (int other = 1; other < kWarps; ++other) {
-    add_product(&sum, T(1), sums[other * kWarpSize + lane()]);
-    bias += biases[other];
+  if (warp() == 0) {
+    for (int other = 1; other < kWarps; ++other) {
+      add_product(&sum, T(1), sums[other * kWarpSize + lane()]);
+      bias += biases[other];
+    }
+    if (inside) store_whole(d_weight + k * layer.f + column, sum);
+    if (column == 0) d_bias[k] = bias;
   }
-  if (inside) store_whole(d_weight + k * layer.f + column, sum);
-  if (column == 0) d_bias[k] = bias;
 }
 
 // A row of features' gradient, over all classes.
@@ -181,7 +194,7 @@ __device__ void feature_gradient(const HeadLayer<T>& layer, int64_t i, int64_t c
 
 // In z, a block for each class, and then one for as many rows of features as it has warps; in x, columns.
 template <bool dual, class T, int width>
-__global__ void __launch_bounds__(kGradientThreads)
+__global__ void __launch_bounds__(kGradientThreads, kGradientBlocks)
     gradients_kernel(HeadLayer<T> layer, const T* __restrict__ cotangents, T* __restrict__ d_weight,
                      T* __restrict__ d_bias, T* __restrict__ d_features) {
   const int64_t rows = dual ? 2 * layer.n : layer.n;
@@ -228,8 +241,8 @@ int launch_gradients(const HeadLayer<T>& layer, const T* cotangents, T* d_weight
 }
 
 template <class T>
-int cotangents(const HeadLayer<T>& layer, const T* targets, int64_t count, T* cotangents, T* d_labels,
-               T* phis, const Queue& queue) {
+int run_cotangents(const HeadLayer<T>& layer, const T* targets, int64_t count, T* cotangents, T* d_labels,
+                   T* phis, const Queue& queue) {
   if (layer.n == 0) return 0;
   constexpr int pack = 16 / sizeof(T);
   const bool whole = aligned<T>(layer.f, {layer.features, layer.weight, layer.weight_tangent});
@@ -240,8 +253,8 @@ int cotangents(const HeadLayer<T>& layer, const T* targets, int64_t count, T* co
 }
 
 template <class T>
-int gradients(const HeadLayer<T>& layer, const T* cotangents, T* d_weight, T* d_bias, T* d_features,
-              const Queue& queue) {
+int run_gradients(const HeadLayer<T>& layer, const T* cotangents, T* d_weight, T* d_bias, T* d_features,
+                  const Queue& queue) {
   constexpr int pack = 16 / sizeof(T);
   const bool whole =
       aligned<T>(layer.f, {layer.features, layer.weight, layer.weight_tangent, d_weight, d_features});
@@ -255,7 +268,7 @@ int gradients(const HeadLayer<T>& layer, const T* cotangents, T* d_weight, T* d_
 
 template <class T>
 const Head<T>& head_cuda() {
-  static const Head<T> launchers{cotangents<T>, gradients<T>};
+  static const Head<T> launchers{run_cotangents<T>, run_gradients<T>};
   return launchers;
 }
 template const Head<float>& head_cuda();

@@ -219,10 +219,13 @@ class _Layers(NamedTuple):
         return _planes(planes, like.dtype)
 
     def write(self, gradient: Tensor, blocks: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Writes the blocks' parts of a gradient, those of the last block first, to its vector: a GPU's one launch."""
-        zeros, parts = torch.zeros_like(self.blocks[0][1]), []  # of the convolutions' biases
-        for weight, *norm in reversed(blocks):
-            parts += [(weight.permute(0, 2, 3, 1) if self.channels_last else weight).flatten(), zeros, *norm]
+        """Writes the blocks' parts of a gradient, given the last block first, to its vector by one copy."""
+        in_order = blocks[::-1]
+        weights = [(w.permute(0, 2, 3, 1) if self.channels_last else w).flatten() for w, *_ in in_order]
+        if weights[0].dtype != gradient.dtype:  # of bfloat16 planes; mixed, each part would be a launch
+            weights = list(torch.cat(weights).to(gradient.dtype).split([len(w) for w in weights]))
+        zeros = torch.zeros_like(self.blocks[0][1])  # of the convolutions' biases
+        parts = [part for w, (_, *norm) in zip(weights, in_order, strict=True) for part in (w, zeros, *norm)]
         torch.cat(parts, out=gradient[: sum(map(len, parts))])
 
 

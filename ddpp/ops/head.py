@@ -1,6 +1,7 @@
 """The linear layer of a student step under its softmax cross-entropy, and what the step needs back from it.
 
-Of n images with features x, outputs z = W x + b, p their softmax, q the targets, ' for tangents::
+Of images with features x, outputs z = W x + b, p their softmax, q the targets, n the images that the cross-entropy is a
+mean of, ' for tangents::
 
     plain    z* = (p - q) / n
     dual     z' = W x' + W' x + b'      phi = sum (p - q) z' / n      the tangent of the cross-entropy
@@ -9,8 +10,8 @@ Of n images with features x, outputs z = W x + b, p their softmax, q the targets
 where * marks the derivative of the cross-entropy, in the dual case that of phi, and l are the logits of soft targets.
 Then W* = sum z* x + z'* x', b* = sum z*, x* = z* W + z'* W', x'* = z'* W.
 
-Dual rows are stacked: n of values, then n of tangents. There are kernels for CUDA, for few images and classes; the rest
-is the library's work, and on a CPU the head is part of the whole step's kernel.
+Dual rows are stacked: those of values, then those of tangents. There are kernels for CUDA, for few images and classes,
+of tensors without gaps; the rest is the library's work, and on a CPU the head is part of the whole step's kernel.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor
 
 from ddpp.ops._library import define, ops
-from ddpp.ops._streams import ALONG, Beside
+from ddpp.ops._streams import ALONG, OF_WEIGHTS, Beside
 
-#: Up to so many products of features and weights, and classes, the kernels are used: each image reads all weights for
-#: itself, which costs more than launches beyond.
-MOST_PRODUCTS, MOST_CLASSES = 2**23, 1024
+#: Up to so many products of features and weights, and weights, the kernels are used: each image reads all weights for
+#: itself, on one multiprocessor, which costs more than launches beyond.
+MOST_PRODUCTS, MOST_WEIGHTS = 2**23, 2**17
+_MOST_ROWS, _MOST_CLASSES = 2**18, 2**10  # that the kernels' grid and shared memory hold
 
 
 class Linear(NamedTuple):
@@ -35,10 +37,11 @@ class Linear(NamedTuple):
     bias: Tensor  # [K]
 
 
-def _ops(features: Tensor, classes: int) -> Any:
+def _ops(features: Tensor, weight: Tensor) -> Any:
     """The operators in use, but for problems that the library is better at."""
-    large = features.numel() * classes > MOST_PRODUCTS or classes > MOST_CLASSES
-    return torch.ops.ddpp_reference if large else ops()
+    rows, classes = len(features), len(weight)
+    large = rows * weight.numel() > MOST_PRODUCTS or weight.numel() > MOST_WEIGHTS
+    return torch.ops.ddpp_reference if large or rows > _MOST_ROWS or classes > _MOST_CLASSES else ops()
 
 
 def cotangents(features: Tensor, linear: Linear, targets: Tensor, count: int) -> Tensor:
@@ -51,7 +54,7 @@ def cotangents(features: Tensor, linear: Linear, targets: Tensor, count: int) ->
     """
     found = torch.empty_like(targets)
     arguments = features, *linear, None, None, targets, count, found, None, None
-    _ops(features, len(linear.weight)).head_cotangents.default(*arguments)
+    _ops(features, linear.weight).head_cotangents.default(*arguments)
     return found
 
 
@@ -76,7 +79,7 @@ def dual_cotangents(
     """
     found = targets.new_empty(len(features), targets.shape[1])
     arguments = features, *linear, *tangent, targets, count, found, d_labels, phis
-    _ops(features, len(linear.weight)).head_cotangents.default(*arguments)
+    _ops(features, linear.weight).head_cotangents.default(*arguments)
     return found
 
 
@@ -89,7 +92,7 @@ def gradients(cotangents: Tensor, features: Tensor, weight: Tensor, tangent: Ten
         out: takes the gradients of weight and bias.
     """
     found = torch.empty_like(features)
-    _ops(features, len(weight)).head_gradients.default(cotangents, features, weight, tangent, *out, found)
+    _ops(features, weight).head_gradients.default(cotangents, features, weight, tangent, *out, found)
     return found
 
 
@@ -156,8 +159,14 @@ def _gradients(
     d_features: Tensor,
 ) -> None:
     n = len(features) if weight_tangent is None else len(features) // 2
-    torch.mm(cotangents.t(), features, out=d_weight)
-    torch.sum(cotangents[:n], 0, out=d_bias)
+    beside = Beside(OF_WEIGHTS)
+    beside(_gradients_of_layer, cotangents, features, n, d_weight, d_bias)
     torch.mm(cotangents, weight, out=d_features)
     if weight_tangent is not None:
         d_features[:n].addmm_(cotangents[n:], weight_tangent)
+    beside.wait()
+
+
+def _gradients_of_layer(cotangents: Tensor, features: Tensor, n: int, d_weight: Tensor, d_bias: Tensor) -> None:
+    torch.mm(cotangents.t(), features, out=d_weight)
+    torch.sum(cotangents[:n], 0, out=d_bias)
