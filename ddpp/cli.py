@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -79,6 +80,11 @@ def run(
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         main(config, args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
+        print(f"ddpp.{stage}: stopped: nobody reads what it prints", file=sys.stderr)
+        return 128 + 13  # SIGPIPE
     except UserError as e:
         print(f"ddpp.{stage}: error: {e}", file=sys.stderr)
         return IN_USE if isinstance(e, runs.InUse) else 2

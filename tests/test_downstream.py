@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,18 @@ def test_two_runs_are_compared_network_by_network(
     assert difference["mean"] == pytest.approx(3) and difference["margin"] == pytest.approx(0, abs=1e-9)
     shown = capsys.readouterr().out
     assert "| convnet | +3.00 |" in shown and "| 3 networks |" in shown
+
+
+def test_a_reader_that_goes_away_is_one_line(finished: Path, tmp_path: Path) -> None:
+    """As with ``| head``."""
+    other = changed(finished, tmp_path / "other", "data", "data_root", "elsewhere")
+    reading, writing = os.pipe()
+    os.close(reading)
+    argv = [sys.executable, "-m", "ddpp.compare", "--first", str(finished), "--second", str(other)]
+    ended = subprocess.run(argv, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert ended.returncode == 141
+    assert ended.stderr == "ddpp.compare: stopped: nobody reads what it prints\n"
 
 
 def with_networks(folder: Path, to: Path, seed: int, gains: list[float]) -> Path:
