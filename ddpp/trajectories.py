@@ -292,14 +292,14 @@ def open_folder(folder: Path, expected: dict[str, dict[str, Any]], count: int | 
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes had begun of teachers that are finished, where the folder can be written."""
-    if any(folder.glob(".teacher-*/")):
+    if any(folder.glob(".teacher-*")):
         with contextlib.suppress(UserError), _changing(folder):
             _tidy(folder)
 
 
 def _tidy(folder: Path) -> None:
-    """Removes what nobody goes on from: of teachers that are finished, and of those without rows."""
-    for path in folder.glob(".teacher-*/"):
+    """Removes what nobody goes on from: of teachers that are finished, and of those without rows; locks too."""
+    for path in {*folder.glob(".teacher-*/"), *(lock.with_suffix("") for lock in folder.glob(".teacher-*.lock"))}:
         finished = path.with_name(f"{path.name[1:]}.safetensors").is_file()
         if finished or not ((path / _ABOUT).is_file() and any(path.glob("rows-*.safetensors"))):
             with runs.claimed(path.with_name(f"{path.name}.lock")) as unused:

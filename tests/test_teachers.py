@@ -245,6 +245,14 @@ def test_stopped_and_started_again_ends_with_the_same_bytes(tmp_path: Path, numb
     assert contents(folder) == contents(uninterrupted)
 
 
+def test_a_lock_that_a_killed_process_left_goes_with_the_next(tmp_path: Path, dataset: Dataset) -> None:
+    """Killed between a teacher's file and the end of its lock."""
+    folder = train(settings(tmp_path / "killed", count=1), dataset)
+    (folder / ".teacher-000.lock").touch()
+    train(settings(folder, count=2), dataset)
+    assert {path.name for path in folder.iterdir()} == {"teacher-000.safetensors", "teacher-001.safetensors"}
+
+
 CUTS = {
     "momentum": {"momentum": 0.9},
     "sharpness": {"sharpness_radius": 0.05, "sharpness_weight": 0.5},
