@@ -393,6 +393,7 @@ def test_reading_that_is_interrupted_ends_at_once(tree: Path, monkeypatch: pytes
     def interrupted(*args: Any) -> Any:
         if next(begun) == 20:
             raise KeyboardInterrupt
+        time.sleep(0.005)  # a machine that is busy must wake the thread that waits before a thousand images are read
         return read_one(*args)
 
     monkeypatch.setattr(pictures, "_read", interrupted)
