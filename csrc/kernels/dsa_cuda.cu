@@ -259,7 +259,7 @@ struct Block {
     const Stages<T>& stages = find_stages(row.at);
     const T mean = total(sum) / static_cast<T>(channels * size);
     const Recolor<T, channels> recolor(stages.color, mean);
-    const bool scaled = stages.scale.on(), moved = scaled || stages.move.moves(), cut = stages.box.cuts(),
+    const bool scaled = by_taps(stages.scale), moved = scaled || stages.move.moves(), cut = stages.box.cuts(),
                turned = stages.rotation.on();
     if (!moved && !cut && !turned) return store(front, recolor, to);
     if (recolor.on) paint(front, recolor), __syncthreads();
@@ -277,7 +277,7 @@ struct Block {
     T sum = load(from);
     const Stages<T>& stages = find_stages(row.at);
     __syncthreads();
-    const bool wide = !narrow(stages.scale), scaled = !wide && stages.scale.on(),
+    const bool wide = !narrow(stages.scale), scaled = by_taps(stages.scale),
                moved = scaled || stages.move.moves(), cut = stages.box.cuts(), turned = stages.rotation.on(),
                colored = stages.color.on();
     T *source = front, *target = back;
@@ -312,6 +312,11 @@ struct Block {
     return __shfl_sync(kFullWarp, value, 0);
   }
 
+  // Whether a scaling is done by the taps. A wide one's transpose is a pass of its own.
+  __device__ static bool by_taps(const Linear<T>& scale) {
+    return scale.on() && (!transpose || narrow(scale));
+  }
+
   // The taps, and the stages by the last thread; they can be read after the next barrier.
   __device__ const Stages<T>& find_stages(const float* p) const {
     DDPP_SHARED(Stages<T>, stages, 1);
@@ -325,11 +330,7 @@ struct Block {
       const Axis<T> axis =
           row ? Axis<T>{height, m.dy, false, scale.yy} : Axis<T>{width, m.dx, m.mirror, scale.xx};
       const int at = row ? i : i - height;
-      if (!scale.on() || (transpose && !narrow(scale))) {
-        taps[i] = axis.moved(at);
-      } else {
-        taps[i] = transpose ? axis.collected(at) : axis.sampled(at);
-      }
+      taps[i] = !by_taps(scale) ? axis.moved(at) : transpose ? axis.collected(at) : axis.sampled(at);
     }
     return stages[0];
   }

@@ -18,9 +18,9 @@ constexpr int kGradientThreads = 256;  // few enough images to each warp, and fe
 constexpr int kGradientBlocks = 2;     // of a multiprocessor; unasked, registers are saved and loads wait
 constexpr int kWarps = kGradientThreads / kWarpSize;
 constexpr int64_t kMaxBlocks = 2147483647, kMaxLayers = 65535;  // of a grid in x and in z
-template <class T>
-constexpr T kLeast = -std::numeric_limits<T>::infinity();
 constexpr int64_t kMaxShared = 48 * 1024, kMaxColumns = int64_t{1} << 30;
+template <class T>
+constexpr T kLeast = -std::numeric_limits<T>::infinity();  // device code may not call it
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarpSize; }

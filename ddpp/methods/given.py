@@ -44,8 +44,8 @@ class Given:
         """
         if not 1 <= len(config.distill.given) <= 3:
             raise UserError(
-                "--method given needs --given FILE: images.pt [labels.pt [lr.pt]], one .pt of images and labels, or a "
-                f"set of ddpp; got {len(config.distill.given)} files"
+                "--method given needs --given FILE: images.pt [labels.pt [lr.pt]] or the same as .npy, one .pt or .npz "
+                f"of images and labels, or a set of ddpp; got {len(config.distill.given)} files"
             )
 
     def __init__(self, problem: Problem) -> None:

@@ -59,8 +59,13 @@ def instance_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels, channels)
 
 
+def border(channels: int, size: int) -> int:
+    """Pixels that are put around images: one-channel ones of 28 pixels become 32."""
+    return 2 if (channels, size) == (1, 28) else 0
+
+
 def first_convolution(shape: Shape, width: int, kernel: int) -> tuple[nn.Conv2d, int]:
     """A first layer and the side of its output: the image's, but 32 for one-channel images of 28 pixels."""
     channels, size, _ = shape
-    border = 2 if (channels, size) == (1, 28) else 0
-    return nn.Conv2d(channels, width, kernel, padding=kernel // 2 + border), size + 2 * border
+    around = border(channels, size)
+    return nn.Conv2d(channels, width, kernel, padding=kernel // 2 + around), size + 2 * around

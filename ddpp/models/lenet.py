@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ddpp.config import ModelConfig
-from ddpp.models.base import MODELS, Network, Shape
+from ddpp.models.base import MODELS, Network, Shape, border
 
 _PADDED_BELOW = 12  # pixels: the convolutions would leave too few of them
 
@@ -20,7 +20,7 @@ def lenet(config: ModelConfig, shape: Shape, classes: int) -> Network:
     width, size, _ = shape
     layers: list[nn.Module] = []
     for wider in (6, 16):
-        padding = 2 if size < _PADDED_BELOW or (width, size) == (1, 28) else 0
+        padding = 2 if size < _PADDED_BELOW else border(width, size)
         layers += [nn.Conv2d(width, wider, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)]
         width, size = wider, (size + 2 * padding - 4) // 2
     layers += [nn.Flatten(), nn.Linear(width * size * size, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()]

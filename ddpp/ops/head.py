@@ -24,8 +24,8 @@ from torch import Tensor
 from ddpp.ops._library import define, ops
 from ddpp.ops._streams import ALONG, OF_WEIGHTS, Beside
 
-#: Up to so many products of features and weights, and weights, the kernels are used: each image reads all weights for
-#: itself, on one multiprocessor, which costs more than launches beyond.
+#: The kernels are used up to so many products of features and weights, and so many weights: each image reads all
+#: weights for itself, on one multiprocessor, which costs more than launches beyond.
 MOST_PRODUCTS, MOST_WEIGHTS = 2**23, 2**17
 _MOST_ROWS, _MOST_CLASSES = 2**18, 2**10  # that the kernels' grid and shared memory hold
 
@@ -39,9 +39,9 @@ class Linear(NamedTuple):
 
 def _ops(features: Tensor, weight: Tensor) -> Any:
     """The operators in use, but for problems that the library is better at."""
-    rows, classes = len(features), len(weight)
-    large = rows * weight.numel() > MOST_PRODUCTS or weight.numel() > MOST_WEIGHTS
-    return torch.ops.ddpp_reference if large or rows > _MOST_ROWS or classes > _MOST_CLASSES else ops()
+    rows, classes, weights = len(features), len(weight), weight.numel()
+    few = rows * weights <= MOST_PRODUCTS and weights <= MOST_WEIGHTS
+    return ops() if few and rows <= _MOST_ROWS and classes <= _MOST_CLASSES else torch.ops.ddpp_reference
 
 
 def cotangents(features: Tensor, linear: Linear, targets: Tensor, count: int) -> Tensor:
