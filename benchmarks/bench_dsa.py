@@ -28,6 +28,11 @@ def pytorch(images: Tensor, plan: Tensor) -> Tensor:
     return dsa_augment(images, plan, fused=False)
 
 
+def compiled() -> Callable[[Tensor, Tensor], Tensor]:
+    """Plain PyTorch under torch.compile; the groups, all of them, are known to it, so that it is one graph."""
+    return torch.compile(lambda images, plan: dsa.reference(images, plan, dsa.GROUPS), fullgraph=True)
+
+
 def passes_of(function: Callable[..., Tensor], n: int, side: int, groups: str) -> dict[str, Callable[[], Tensor]]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(n, 3, side, side, generator=generator)
@@ -68,6 +73,4 @@ def bench_dsa(benchmark: Any, groups: str, side: int, n: int, passes: str, name:
 
 @pytest.mark.parametrize("passes", ["forward", "forward+backward"])
 def bench_dsa_under_compile(benchmark: Any, passes: str, threads: int) -> None:
-    """Plain PyTorch under torch.compile; the groups are known to it, so that it is one graph."""
-    compiled = torch.compile(lambda images, plan: dsa.reference(images, plan, dsa.GROUPS), fullgraph=True)
-    run(benchmark, compiled, 100, 32, "all", passes, threads)
+    run(benchmark, compiled(), 100, 32, "all", passes, threads)

@@ -140,22 +140,25 @@ def _dsa_of(
     draw = torch.Generator().manual_seed(0)
     plan = augment.draw(1, n, size, size, groups=groups, mode="all", generator=draw)[0].to(device)
     images = torch.randn(n, 3, size, size, generator=draw).to(device)
-    forward: dict[str, Side] = {
-        "fused": lambda: dsa_augment(images, plan),
-        "pytorch": lambda: in_torch.reference(images, plan, groups),  # need not look at the plan, and wait
-        "copy": images.clone,  # which of so few bytes is slower than of many
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "fused": lambda x: dsa_augment(x, plan),
+        "pytorch": lambda x: in_torch.reference(x, plan, groups),  # need not look at the plan, and wait
     }
+    if groups == augment.GROUPS:  # compiling all seven would take longer than the rest of the script's operators
+        functions["compile"] = torch.compile(functions["pytorch"], fullgraph=True)
 
-    def backward(fused: bool) -> Side:
+    def backward(function: Callable[[Tensor], Tensor]) -> Side:
         leaf = images.detach().requires_grad_()
-        augmented = dsa_augment(leaf, plan, fused=fused)
+        augmented = function(leaf)
         return lambda: torch.autograd.grad(augmented, leaf, images, retain_graph=True)
 
+    forward: dict[str, Side] = {name: partial(f, images) for name, f in functions.items()}
+    forward["copy"] = images.clone  # which of so few bytes is slower than of many
     moved = 2 * images.nbytes
     name = f"DSA, {name}, {n}x3x{size}x{size}"
     return {
         f"{name}, forward": (moved, forward),
-        f"{name}, adjoint": (moved, {"fused": backward(True), "pytorch": backward(False)}),
+        f"{name}, adjoint": (moved, {side: backward(f) for side, f in functions.items()}),
     }
 
 
@@ -319,7 +322,7 @@ def profiles(device: torch.device, small: bool) -> Iterator[tuple[str, list[dict
 
 
 def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Matching]]]:
-    """What makes the reference, every step a graph of autograd, and the adjoint engine in five forms."""
+    """What makes the reference, every step a graph of autograd, and the adjoint engine in seven forms."""
     on_gpu = problem["start"].is_cuda
 
     def adjoint(graphs: bool = True, bf16: bool = False, sides: int = SIDES) -> Callable[[], Matching]:
@@ -334,6 +337,7 @@ def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Match
         "without CUDA graphs": lambda: adjoint(graphs=False),
         "bf16 planes": lambda: adjoint(bf16=True),
         "convolutions in NCHW": lambda: _converting(adjoint()),
+        "gradients by forward convolutions": lambda: _turning(adjoint()),
     }
 
 
@@ -357,6 +361,26 @@ def _converting(call: Callable[[], Matching]) -> Callable[[], Matching]:
             mock.patch.object(convnet.F, "conv2d", converted(F.conv2d)),
             mock.patch.object(convnet, "_convolution_backward", converted(convnet._convolution_backward)),
         ):
+            return call()
+
+    return run
+
+
+def _turning(call: Callable[[], Matching]) -> Callable[[], Matching]:
+    """With the gradients of inputs as forward convolutions by the weights turned round, which have faster kernels.
+
+    Weights are turned at every call, which a step made for it would do once for all layers. Padding is 1.
+    """
+
+    def turned(grad: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int], of: tuple[bool, bool]) -> Any:
+        around = weight.flip(2, 3).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        d_weight = plain(grad, x, weight, padding, (False, True))[1] if of[1] else None
+        return (F.conv2d(grad, around, padding=padding) if of[0] else None), d_weight
+
+    plain = convnet._convolution_backward
+
+    def run() -> Matching:
+        with mock.patch.object(convnet, "_convolution_backward", turned):
             return call()
 
     return run

@@ -52,6 +52,8 @@ def match_loss(size: str) -> dict[str, Side]:
 
 def dsa(groups: str, batch: int) -> dict[str, Side]:
     functions = {"fused": bench_dsa.fused, "pytorch": bench_dsa.pytorch}
+    if groups == "all":
+        functions["compile"] = bench_dsa.compiled()
     return {
         name: bench_dsa.passes_of(function, batch, 32, groups)["forward+backward"]
         for name, function in functions.items()
