@@ -18,7 +18,7 @@ STAGES = {
     "continual": "learn classes group by group with a distilled memory",
     "search": "rank networks on a distilled set",
     "profile": "where the time and memory of an outer step go",
-    "info": "what was built and which backend each op uses here",
+    "info": "what was built and which backend each op uses here; --presets: published settings",
 }
 
 

@@ -146,10 +146,13 @@ def device(config: Config) -> torch.device:
 
 def _parser(stage: str, description: str, own: str, sections: tuple[str, ...]) -> _Parser:
     parser = _Parser(prog=f"python -m ddpp.{stage}", description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--preset", metavar="NAME", help="A published setting: " + ", ".join(configuration.preset_names())
-    )
-    parser.add_argument("--config", metavar="FILE", help="Options from a TOML file; options given here win.")
+    if sections:
+        parser.add_argument(
+            "--preset", metavar="NAME", help="A published setting; python -m ddpp.info --presets tells which there are."
+        )
+        parser.add_argument("--config", metavar="FILE", help="Options from a TOML file; options given here win.")
+    else:
+        parser.set_defaults(preset=None, config=None)
     for section in sections:
         group = parser.add_argument_group(section)
         table = getattr(Config(), section)

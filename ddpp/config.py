@@ -292,9 +292,15 @@ def read_preset(name: str) -> dict[str, dict[str, Any]]:
         UserError: no preset of that name; the message names the nearest.
     """
     if name not in preset_names():
-        raise UserError(f"unknown preset {name!r}{nearest(name, preset_names())} Known: {', '.join(preset_names())}")
-    values = tomllib.loads((_presets() / f"{name}.toml").read_text(encoding="utf-8"))
-    return {section: table for section, table in values.items() if section in SECTIONS}
+        known = "python -m ddpp.info --presets tells all."
+        raise UserError(f"unknown preset {name!r}{nearest(name, preset_names())} {known}")
+    return {section: table for section, table in _preset(name).items() if section in SECTIONS}
+
+
+def about_preset(name: str) -> tuple[str, str]:
+    """The accuracy that the authors of a preset's setting report, and where it is from."""
+    values = _preset(name)
+    return values["published"], values["source"]
 
 
 def value_type(section: type, name: str) -> tuple[type, bool, bool]:
@@ -306,6 +312,10 @@ def value_type(section: type, name: str) -> tuple[type, bool, bool]:
     if type(None) in parts:
         return next(p for p in parts if p is not type(None)), True, False
     return hint, False, False
+
+
+def _preset(name: str) -> dict[str, Any]:
+    return tomllib.loads((_presets() / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def _presets() -> Any:

@@ -1,16 +1,23 @@
-"""``python -m ddpp.info``: what is installed and built, and which implementation each operator uses here."""
+"""``python -m ddpp.info``: what is installed and built, and which implementation each operator uses here.
+
+``python -m ddpp.info --presets cifar10-ipc10``: the published settings whose names have this in them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 import platform
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 
 import torch
 
 import ddpp
 import ddpp.ops
+from ddpp import cli, config
+from ddpp.errors import UserError
 from ddpp.ops import _library
 
 
@@ -71,5 +78,39 @@ def _unless_usable(device: str) -> str | None:
     return "no GPU here" if device == "cuda" and not torch.cuda.is_available() else None
 
 
+def presets(words: Sequence[str]) -> Iterator[str]:
+    """The settings with one of these words in their name, or all: name, what their authors report, and the source.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [name for name in config.preset_names() if not words or any(word in name for word in words)]
+    if not found:
+        raise UserError(f"no preset has {' or '.join(words)} in its name; --presets alone tells all")
+    for name in found:
+        yield "\n    ".join((name, *config.about_preset(name)))
+
+
+def _run(_: config.Config, args: argparse.Namespace) -> None:
+    print("\n".join(lines() if args.presets is None else presets(args.presets)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(
+        "info",
+        "Show what is installed and built, and which implementation each operator uses here.",
+        "info",
+        (),
+        _run,
+        argv,
+        arguments=lambda parser: parser.add_argument(
+            "--presets",
+            nargs="*",
+            metavar="WORD",
+            help="Published settings instead: those with a word in their name.",
+        ),
+    )
+
+
 if __name__ == "__main__":
-    print("\n".join(lines()))
+    sys.exit(main())

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ddpp
+from ddpp import config, info
 from ddpp.ops import _library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,6 +98,30 @@ def test_info_names_every_operator_and_library() -> None:
     assert words.count("cpu") == words.count("cuda") >= len(_library.references)  # no column runs into the next
     for line in done.stdout.splitlines():
         assert line == line.rstrip()
+
+
+def test_info_is_a_stage_as_others_are() -> None:
+    by_name = subprocess.run([sys.executable, "-m", "ddpp", "info"], cwd=ROOT, capture_output=True, text=True)
+    assert by_name.returncode == 0 and by_name.stdout.startswith("ddpp "), by_name.stderr
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does
+    ended = subprocess.run(
+        [sys.executable, "-m", "ddpp.info"], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "ddpp.info: stopped: nobody reads what it prints\n")
+
+
+def test_info_tells_of_published_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert info.main(["--presets", "ddpp-cifar100", "ipc1000"]) == 0
+    told = capsys.readouterr().out
+    names = [line for line in told.splitlines() if not line.startswith(" ")]
+    assert names == sorted(names) and set(names) == {
+        name for name in config.preset_names() if "ddpp-cifar100" in name or "ipc1000" in name
+    }
+    assert "24.6 ± 0.1 %" in told and "arXiv 2209.14609" in told  # the paper's figure of one image a class
+    assert info.main(["--presets", "imagenet22k"]) == 2
+    assert "no preset has imagenet22k in its name" in capsys.readouterr().err
 
 
 def test_the_cuda_library_is_left_out_with_a_reason_on_a_cpu_torch() -> None:

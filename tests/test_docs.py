@@ -26,8 +26,7 @@ def options() -> set[str]:
     scripts = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "scripts").glob("*.sh"), *(ROOT / "tools").glob("*.py")]
     known = set(re.findall(r'"(--[a-z][a-z-]*)"', "".join(path.read_text(encoding="utf-8") for path in scripts)))
     for stage in STAGES:
-        if stage != "info":  # which takes none
-            known |= set(OPTION.findall(helped(stage)))
+        known |= set(OPTION.findall(helped(stage)))
     return known
 
 
