@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ddpp import augment, cli, data, models, registry, runs, scores, seeds, synthetic, training
-from ddpp.config import Config, ModelConfig
+from ddpp.config import Config, EvaluateConfig, ModelConfig
 from ddpp.data import Dataset, Images, policies
 from ddpp.errors import UserError
 from ddpp.gpu import graphs_for
@@ -285,8 +285,9 @@ def compare(
     settings = config.evaluate
     candidates = _candidates(folder, settings.select)
     names = settings.models or (config.model.model,)
-    anywhere = replace(config, data=replace(config.data, data_root="", download=False))
-    about = {"config": asdict(anywhere), "data": dataset.fingerprint, "threads": torch.get_num_threads()}
+    # What is asked for now: a network's part names all that it takes of that.
+    same = replace(config, data=replace(config.data, data_root="", download=False), evaluate=EvaluateConfig())
+    about = {"config": asdict(same), "data": dataset.fingerprint, "threads": torch.get_num_threads()}
     about |= {"plugins": of_plugins} if (of_plugins := registry.plugins()) else {}
     images = len(names) * _images_trained_on(config, dataset, candidates)
     with runs.alone(folder, "evaluate"), training.images_bar("evaluate", images) as progress:

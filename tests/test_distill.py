@@ -400,6 +400,11 @@ def test_an_evaluation_that_was_cut_goes_on(finished: Path, monkeypatch: pytest.
     assert evaluated(10_000, "--data-root", "elsewhere") and trained == needed - 9 and bars[-1].n == bars[-1].total
     assert figures() == whole and not (finished / "evaluated.jsonl").exists()
 
+    # Asked for otherwise, it keeps networks that are of both: here all but AlexNet's, on distilled and random images
+    # with DSA, as the plain ones are, and without.
+    assert not evaluated(most=9)
+    assert evaluated(10_000, "--models", "alexnet", "convnet", "--networks", "1", "--full-epochs", "0") and trained == 4
+
 
 def test_a_run_whose_teachers_do_not_fit_leaves_no_folder(
     teachers: Path, tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
