@@ -26,7 +26,10 @@ def main(argv: list[str]) -> int:
     if argv and argv[0] in STAGES:
         return int(importlib.import_module(f"ddpp.{argv[0]}").main(argv[1:]) or 0)
     if argv and argv[0] not in ("-h", "--help"):
-        print(f"ddpp: error: unknown stage {argv[0]!r}{nearest(argv[0], STAGES)} Known: {', '.join(STAGES)}", file=sys.stderr)
+        print(
+            f"ddpp: error: unknown stage {argv[0]!r}{nearest(argv[0], STAGES)} Known: {', '.join(STAGES)}",
+            file=sys.stderr,
+        )
         return 2
     print("usage: python -m ddpp STAGE [options]\n")
     for name, text in STAGES.items():

@@ -82,6 +82,15 @@ class TeachersConfig:
 class DistillConfig:
     method: str = option("ddpp", "Distillation method.")
     ipc: int = option(1, "Synthetic images per class.", low=1)
+    parameterization: str = option(
+        "pixels",
+        "What is learned: pixels, the frequencies that matter most in a class (FreD), or squares of smaller images, "
+        "each enlarged (IDC's multi-formation).",
+        choices=("pixels", "frequencies", "multiformation"),
+    )
+    images_in_one: int = option(
+        1, "Images that are decoded from the numbers of one, where other than pixels are learned.", low=1
+    )
     steps: int = option(200, "Outer steps: updates of the synthetic images.", low=1)
     inner_steps: int = option(20, "Inner steps: student updates in each outer step (J).", low=1)
     teacher_span: int = option(2, "Epochs between the teacher's start and target (K).", low=1)

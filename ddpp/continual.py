@@ -61,7 +61,8 @@ def continual(
     memories = {config.distill.method: [distilled] * orders, **_real(config, dataset, groups, orders, device)}
     ends = [classes * (k + 1) // steps for k in range(steps)]
     accuracy: dict[str, list[list[float]]] = {name: [[] for _ in ends] for name in memories}
-    images = len(memories) * orders * sum(ends) * config.distill.ipc * config.evaluate.epochs
+    of_a_class = sum(len(held[0].images) // classes for held in memories.values())
+    images = orders * sum(ends) * of_a_class * config.evaluate.epochs
     with training.images_bar("continual", images) as bar:
         for n in range(orders):
             order = torch.randperm(classes, generator=seeds.generator(config.run.seed, "class order", n))

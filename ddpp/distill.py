@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpp import augment, cli, data, evaluate, models, report, runs, synthetic, teachers
+from ddpp import augment, cli, data, evaluate, models, parameterization, report, runs, synthetic, teachers
 from ddpp.config import SECTIONS, Config, DistillConfig
 from ddpp.data import Dataset
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Memory, Method, Predictor, Problem, Selection, Update, own_options
 from ddpp.methods.ddpp import DDPP
+from ddpp.parameterization import PIXELS, Parameterization
 from ddpp.synthetic import Synthetic
 from ddpp.trajectories import Trajectory
 
@@ -37,11 +38,13 @@ class State:
     """All that an outer step changes; what a checkpoint holds."""
 
     step: int
-    synthetic: Synthetic
-    images_velocity: Tensor  # [N, C, H, W]
+    synthetic: Synthetic  # its images are those of the numbers
+    numbers: Tensor  # what is learned of the images, the pixels by default; see ddpp.parameterization
+    numbers_velocity: Tensor  # as the numbers
     labels_velocity: Tensor  # as the labels
     step_size_velocity: Tensor  # []
-    average: Tensor | None = None  # [N, C, H, W] of the images over the steps, with --ema
+    space: Parameterization = PIXELS
+    average: Tensor | None = None  # of the numbers over the steps, with --ema
     memory: Memory = field(default_factory=dict)
     undone: int = 0
     undone_in_a_row: int = 0
@@ -49,24 +52,32 @@ class State:
     seconds: float = 0.0
 
     @classmethod
-    def begin(cls, first: Synthetic) -> State:
-        images, labels, step_size = (torch.zeros_like(t) for t in (first.images, first.labels, first.step_size))
-        return cls(0, first, images, labels, step_size)
+    def begin(cls, first: Synthetic, space: Parameterization = PIXELS) -> State:
+        numbers = space.encode(first.images)
+        of_numbers, of_labels, of_step_size = (torch.zeros_like(t) for t in (numbers, first.labels, first.step_size))
+        held = replace(first, images=space.decode(numbers))
+        return cls(0, held, numbers, of_numbers, of_labels, of_step_size, space)
+
+    @property
+    def learned(self) -> Tensor:
+        """The numbers whose images are evaluated and saved."""
+        return self.numbers if self.average is None else self.average
 
     @property
     def result(self) -> Synthetic:
         """What is evaluated and saved."""
-        return self.synthetic if self.average is None else replace(self.synthetic, images=self.average)
+        held = self.synthetic
+        return held if self.average is None else replace(held, images=self.space.decode(self.average))
 
     def moved(self, update: Update, settings: DistillConfig) -> State:
-        """One step of SGD with momentum on pixels, step size and soft labels.
+        """One step of SGD with momentum on pixels or other numbers, step size and soft labels.
 
         The step size stays above a thousandth of its first value.
         """
         now, momentum = self.synthetic, settings.momentum
-        images_velocity = momentum * self.images_velocity + update.images
+        numbers_velocity = momentum * self.numbers_velocity + self.space.pull_back(update.images)
         step_size_velocity = momentum * self.step_size_velocity + update.step_size
-        images = now.images - settings.lr_pixels * images_velocity
+        numbers = self.numbers - settings.lr_pixels * numbers_velocity
         step_size = now.step_size - settings.lr_step_size * step_size_velocity
         floor = settings.step_size * SMALLEST_STEP_SIZE
         labels, labels_velocity = now.labels, self.labels_velocity
@@ -76,9 +87,10 @@ class State:
         return replace(
             self,
             step=self.step + 1,
-            synthetic=Synthetic(images, labels, step_size.clamp_min(floor)),
-            average=torch.lerp(images, self.result.images, settings.ema) if settings.ema else None,
-            images_velocity=images_velocity,
+            synthetic=Synthetic(self.space.decode(numbers), labels, step_size.clamp_min(floor)),
+            numbers=numbers,
+            average=torch.lerp(numbers, self.learned, settings.ema) if settings.ema else None,
+            numbers_velocity=numbers_velocity,
             labels_velocity=labels_velocity,
             step_size_velocity=torch.where(step_size > floor, step_size_velocity, 0),
             memory=update.memory,
@@ -91,10 +103,10 @@ class State:
 
     def _tensors(self) -> dict[str, Tensor]:
         held = {
-            "images": self.synthetic.images,
+            "numbers": self.numbers,
             "labels": self.synthetic.labels,
             "step_size": self.synthetic.step_size,
-            "images_velocity": self.images_velocity,
+            "numbers_velocity": self.numbers_velocity,
             "labels_velocity": self.labels_velocity,
             "step_size_velocity": self.step_size_velocity,
         } | {_MEMORY + name: t for name, t in self.memory.items()}
@@ -105,14 +117,19 @@ class State:
         runs.write_tensors(path, tensors, {name: getattr(self, name) for name in _COUNTERS})
 
     @classmethod
-    def load(cls, path: Path, device: torch.device) -> State:
+    def load(cls, path: Path, device: torch.device, space: Parameterization = PIXELS) -> State:
         tensors, counters = runs.read_tensors(path, "checkpoint")
+        if "numbers" not in tensors:
+            raise UserError(f"{path} was written by another version of ddpp; go on with that, or begin another --out")
         tensors = {name: t.to(device) for name, t in tensors.items()}
-        held = Synthetic(tensors.pop("images"), tensors.pop("labels"), tensors.pop("step_size"))
+        numbers = tensors["numbers"]
+        held = Synthetic(space.decode(numbers), tensors.pop("labels"), tensors.pop("step_size"))
         memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in list(tensors) if name.startswith(_MEMORY)}
         return cls(
             synthetic=held,
-            images_velocity=tensors["images_velocity"],
+            numbers=numbers,
+            numbers_velocity=tensors["numbers_velocity"],
+            space=space,
             labels_velocity=tensors["labels_velocity"],
             step_size_velocity=tensors["step_size_velocity"],
             average=tensors.get("average"),
@@ -133,8 +150,10 @@ class Diverged(UserError):
         self.state = state
 
 
-def distill(settings: DistillConfig, first: Synthetic, method: Method, folder: Path) -> State:
-    """Runs the outer steps that are left, from the folder's checkpoint if it has one, else from ``first``.
+def distill(
+    settings: DistillConfig, first: Synthetic, method: Method, folder: Path, space: Parameterization = PIXELS
+) -> State:
+    """Runs the outer steps that are left, from the folder's checkpoint if it has one, else from ``first`` in ``space``.
 
     Writes ``log.jsonl``, ``checkpoint.safetensors`` and ``snapshots/``. The same configuration gives the same bytes,
     interrupted or not.
@@ -145,9 +164,9 @@ def distill(settings: DistillConfig, first: Synthetic, method: Method, folder: P
     """
     checkpoint = folder / "checkpoint.safetensors"
     if checkpoint.is_file():
-        state = State.load(checkpoint, first.images.device)
+        state = State.load(checkpoint, first.images.device, space)
     else:
-        state = State.begin(first)
+        state = State.begin(first, space)
         _save_snapshot(state, folder)
     log = runs.Log(folder / "log.jsonl", state.step)
     began = time.perf_counter() - state.seconds
@@ -228,7 +247,7 @@ def _save_snapshot(state: State, folder: Path) -> None:
 
 
 def _save_result(state: State, config: Config, dataset: Dataset, groups: tuple[str, ...], folder: Path) -> None:
-    meta = {
+    meta: dict[str, Any] = {
         "dataset": dataset.name,
         "fingerprint": dataset.fingerprint,
         "classes": list(dataset.classes),
@@ -241,7 +260,10 @@ def _save_result(state: State, config: Config, dataset: Dataset, groups: tuple[s
         "undone": state.undone,
         "skipped": state.skipped,
     }
-    state.result.save(folder / "synthetic.safetensors", meta, dataset.transform)
+    learned = state.space.tensors(state.learned)
+    if learned:
+        meta |= {name: getattr(config.distill, name) for name in ("parameterization", "images_in_one")}
+    state.result.save(folder / "synthetic.safetensors", meta, dataset.transform, learned)
 
 
 def _trajectories(config: Config, dataset: Dataset, network: torch.nn.Module, device: torch.device) -> list[Trajectory]:
@@ -254,6 +276,10 @@ def _check(config: Config, method: type[Method] | type[Selection]) -> None:
     settings = config.distill
     if settings.method == "given":  # the other options, such as a preset's, say how the set was made
         return method.check(config)
+    if settings.parameterization != "pixels" and hasattr(method, "choose"):
+        raise UserError(
+            f"--parameterization {settings.parameterization} says what is learned, and {settings.method} learns nothing"
+        )
     if settings.given:
         raise UserError(f"--given names a set for --method given, got it with {settings.method}; leave one out")
     if settings.labels == "soft" and not method.learns_labels:
@@ -280,17 +306,29 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     evaluate.check(config, dataset)
     network = models.build(config.model, dataset.shape, len(dataset.classes), seed=seed).to(device)
     groups = augment.groups_for(config.augment.strategy, dataset.strategy)
-    first = synthetic.start(dataset, settings.ipc, settings.init, settings.step_size, seed).to(device)
+    of_pixels = replace(settings, parameterization="pixels", images_in_one=1)
+    learned = of_pixels if settings.method == "given" else settings
+    space = parameterization.make(learned, dataset, device)
+    in_one = learned.images_in_one
+    first = synthetic.start(dataset, settings.ipc, settings.init, settings.step_size, seed, in_one).to(device)
     problem = Problem(config, dataset, network, [], groups, device, own)
     method = method_class(problem)  # may refuse, before there is a folder or a teacher
     base = Path("runs") / f"{dataset.name}-{settings.method}-ipc{settings.ipc}-seed{seed}"
     out = Path(args.out) if args.out else runs.unused_folder(base)
     with runs.open_folder(out, config, dataset.describe(), resume=args.resume) as folder:
         print(f"run folder: {folder}")
-        _run_in(folder, problem, method, first, resumed=args.resume)
+        _run_in(folder, problem, method, first, space, resumed=args.resume)
 
 
-def _run_in(folder: Path, problem: Problem, method: Method | Selection, first: Synthetic, *, resumed: bool) -> None:
+def _run_in(
+    folder: Path,
+    problem: Problem,
+    method: Method | Selection,
+    first: Synthetic,
+    space: Parameterization,
+    *,
+    resumed: bool,
+) -> None:
     """Trains teachers that are missing, distils, evaluates and reports."""
     config, dataset, device = problem.config, problem.dataset, problem.device
     settings, method_class, began = config.distill, type(method), time.perf_counter()
@@ -318,7 +356,7 @@ def _run_in(folder: Path, problem: Problem, method: Method | Selection, first: S
         state = (
             select(method, folder, device)
             if isinstance(method, Selection)
-            else distill(settings, first, method, folder)
+            else distill(settings, first, method, folder, space)
         )
     except Diverged as e:
         _save_result(e.state, config, dataset, problem.groups, folder)

@@ -159,7 +159,8 @@ class Evaluation:
         for recipe, _ in ranked[1:]:
             if best.finite:
                 return best
-            self.progress.total += 2 * self.config.evaluate.networks * recipe.epochs * len(images)
+            of_both = len(images) + self.config.distill.ipc * len(self.dataset.classes)
+            self.progress.total += self.config.evaluate.networks * recipe.epochs * of_both
             other = self._at(model, trained_on, recipe)
             best = other if other.finite else best
         return best
@@ -306,12 +307,13 @@ def compare(
 
 def _images_trained_on(config: Config, dataset: Dataset, candidates: list[Path]) -> int:
     """By all networks of one architecture, unless a searched rate is searched again."""
-    settings = config.evaluate
-    kinds = 1 if config.distill.method == "random" else 2
-    sets = len(candidates) + 1 + 2 * settings.search_lr + kinds * len(settings.augmentations)
-    few = settings.epochs * len(_loaded(candidates[-1])[1].images)
-    tried = settings.search_lr * len(RATES) * few
-    return settings.networks * (sets * few + settings.full_epochs * len(dataset.train_labels)) + tried
+    settings, epochs, augmented = config.evaluate, config.evaluate.epochs, len(config.evaluate.augmentations)
+    synthetic_images, real = len(_loaded(candidates[-1])[1].images), config.distill.ipc * len(dataset.classes)
+    on_synthetic = len(candidates) + settings.search_lr + augmented * (config.distill.method != "random")
+    on_real = 1 + settings.search_lr + augmented
+    images = epochs * (on_synthetic * synthetic_images + on_real * real)
+    tried = settings.search_lr * len(RATES) * epochs * synthetic_images
+    return settings.networks * (images + settings.full_epochs * len(dataset.train_labels)) + tried
 
 
 def _table(evaluation: Evaluation, model: str, candidates: list[Path]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _text(held: synthetic.Synthetic, meta: dict[str, Any], whitened: bool) -> st
     soft = held.labels.is_floating_point()
     groups = "_".join(meta["augmentation"]["groups"]) or "none"
     lines = [
-        f"# {meta['dataset']}, {meta['method']}, {meta['ipc']} images per class",
+        f"# {meta['dataset']}, {meta['method']}, {synthetic.size_text(meta)}",
         "",
         "| file | what |",
         "|---|---|",

@@ -117,7 +117,8 @@ def outer_step(config: Config, device: torch.device) -> tuple[Call, Step, dict[s
     settings, fused = config.distill, config.run.use_fused_kernels
     dataset = data.load(config.data)
     network = models.build(config.model, dataset.shape, len(dataset.classes), seed=config.run.seed).to(device)
-    images = synthetic.start(dataset, settings.ipc, settings.init, settings.step_size, config.run.seed).to(device)
+    several, seed = settings.images_in_one, config.run.seed
+    images = synthetic.start(dataset, settings.ipc, settings.init, settings.step_size, seed, several).to(device)
     draw = seeds.generator(config.run.seed, "profile")
     start = flat.flatten(network)
     noise = torch.randn(start.shape, generator=draw).to(device)

@@ -34,7 +34,8 @@ def write(folder: Path) -> None:
     results = runs.read_json(folder / "results.json", "the run is not finished; continue it with --resume")
     _draw_images(folder)
     _draw_curves(runs.read_log(folder / "log.jsonl"), folder / "curves.png")
-    runs.write_text(folder / "report.md", _text(results))
+    _, meta = synthetic.load(folder / "synthetic.safetensors")
+    runs.write_text(folder / "report.md", _text(results, synthetic.size_text(meta)))
 
 
 def _draw_images(folder: Path) -> None:
@@ -94,11 +95,11 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def _text(results: dict[str, Any]) -> str:
+def _text(results: dict[str, Any], size: str) -> str:
     config, steps, seconds = results["config"], results["steps"], results["seconds"]
     data_name, method = config["data"]["dataset"], config["distill"]["method"]
     lines = [
-        f"# {data_name}, {method}, {config['distill']['ipc']} images per class",
+        f"# {data_name}, {method}, {size}",
         "",
         runs.accuracy_table(results),
         "",

@@ -20,7 +20,7 @@ from ddpp.trajectories import Trajectory
 FORMAT = 1
 FIRST_SHARE = 0.9  # of an image's class in the soft labels that no teacher gives
 _AT_ONCE = 500  # images
-_TRANSFORM = "transform."
+_TRANSFORM, _LEARNED = "transform.", "learned."
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,20 @@ class Synthetic:
     def to(self, device: torch.device) -> Synthetic:
         return Synthetic(self.images.to(device), self.labels.to(device), self.step_size.to(device))
 
-    def save(self, path: Path, meta: dict[str, Any], transform: dict[str, Tensor] | None = None) -> None:
-        """Writes images, labels and step size, and with ``transform`` the way back to pixels in [0, 1]."""
+    def save(
+        self,
+        path: Path,
+        meta: dict[str, Any],
+        transform: dict[str, Tensor] | None = None,
+        learned: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Writes images, labels and step size, and with ``transform`` the way back to pixels in [0, 1].
+
+        ``learned``: what the images are decoded from; see :mod:`ddpp.parameterization`.
+        """
         tensors = {"images": self.images, "labels": self.labels, "step_size": self.step_size}
         tensors |= {_TRANSFORM + name: t for name, t in (transform or {}).items()}
+        tensors |= {_LEARNED + name: t for name, t in (learned or {}).items()}
         runs.write_tensors(path, tensors, {"format": FORMAT, **meta})
 
 
@@ -68,8 +78,14 @@ def transform_of(path: Path) -> Transform:
     return {name.removeprefix(_TRANSFORM): t for name, t in tensors.items() if name.startswith(_TRANSFORM)}
 
 
-def real_images(dataset: Dataset, ipc: int, *key: str | int, seed: int) -> Synthetic:
-    """``ipc`` random real training images of each class, sorted by class; the step size is left at 0.
+def size_text(meta: dict[str, Any]) -> str:
+    """How large a set is, in words, by its metadata."""
+    several = f", {meta['images_in_one']} in the numbers of each" if "images_in_one" in meta else ""
+    return f"{meta['ipc']} images per class{several}"
+
+
+def real_images(dataset: Dataset, ipc: int, *key: str | int, seed: int, in_one: int = 1) -> Synthetic:
+    """``ipc * in_one`` random real training images of each class, sorted by class; the step size is left at 0.
 
     Raises:
         UserError: a class has fewer images.
@@ -78,20 +94,21 @@ def real_images(dataset: Dataset, ipc: int, *key: str | int, seed: int) -> Synth
     chosen = []
     for label, name in enumerate(dataset.classes):
         members = torch.nonzero(dataset.train_labels == label).flatten()
-        if len(members) < ipc:
+        if len(members) < ipc * in_one:
+            asked = f"--ipc {ipc}" + (f" with {in_one} images in one" if in_one > 1 else "")
             held_out = "; others are held out, --validation 0 keeps all" if len(dataset.val_labels) else ""
-            raise UserError(f"--ipc {ipc} is more than the {len(members)} training images of class {name!r}{held_out}")
-        chosen.append(members[torch.randperm(len(members), generator=draw)[:ipc]])
+            raise UserError(f"{asked} is more than the {len(members)} training images of class {name!r}{held_out}")
+        chosen.append(members[torch.randperm(len(members), generator=draw)[: ipc * in_one]])
     index = torch.cat(chosen)
     return Synthetic(dataset.train_images[index], dataset.train_labels[index], torch.zeros(()))
 
 
-def start(dataset: Dataset, ipc: int, init: str, step_size: float, seed: int) -> Synthetic:
-    """The set that distillation begins with: real images, or unit normal noise, class by class.
+def start(dataset: Dataset, ipc: int, init: str, step_size: float, seed: int, in_one: int = 1) -> Synthetic:
+    """The set that distillation begins with: ``ipc * in_one`` real images of each class, or unit normal noise.
 
     What only teachers can choose stands for random real images here; see :func:`start_from_teachers`.
     """
-    images = real_images(dataset, ipc, "start", seed=seed)
+    images = real_images(dataset, ipc, "start", seed=seed, in_one=in_one)
     if init == "noise":
         noise = torch.randn(images.images.shape, generator=seeds.generator(seed, "noise"))
         images = replace(images, images=noise)

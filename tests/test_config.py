@@ -126,9 +126,9 @@ def test_memory_that_does_not_suffice_is_said_in_a_line(known: bool, capsys: pyt
 def test_every_preset_parses(name: str) -> None:
     found = Config().with_values(config.read_preset(name), name)
     method, dataset, size = name.split("-")
-    assert {"ftd": "mtt", "tesla": "mtt", "att": "mtt", "datm": "ddpp", "pad": "ddpp"}.get(method, method) == (
-        found.distill.method
-    )
+    assert {"ftd": "mtt", "tesla": "mtt", "att": "mtt", "fred": "mtt", "datm": "ddpp", "pad": "ddpp"}.get(
+        method, method
+    ) == (found.distill.method)
     assert ("folder" if dataset.startswith("image") else dataset) == found.data.dataset
     assert size in (f"ipc{found.distill.ipc}", "quick")
 
