@@ -81,7 +81,7 @@ class TeachersConfig:
 @dataclass(frozen=True)
 class DistillConfig:
     method: str = option("ddpp", "Distillation method.")
-    ipc: int = option(1, "Synthetic images per class.", low=1)
+    ipc: int = option(1, "Synthetic images per class, in whose storage --images-in-one may hold more.", low=1)
     parameterization: str = option(
         "pixels",
         "What is learned: pixels, the frequencies that matter most in a class (FreD), or squares of smaller images, "

@@ -114,6 +114,7 @@ class State:
 
     def save(self, path: Path) -> None:
         tensors = self._tensors() | {_MEMORY + name: t.clone() for name, t in self.memory.items()}  # may share theirs
+        tensors |= {_FIXED + name: t for name, t in self.space.fixed.items()}
         runs.write_tensors(path, tensors, {name: getattr(self, name) for name in _COUNTERS})
 
     @classmethod
@@ -123,8 +124,8 @@ class State:
             raise UserError(f"{path} was written by another version of ddpp; go on with that, or begin another --out")
         tensors = {name: t.to(device) for name, t in tensors.items()}
         numbers = tensors["numbers"]
-        held = Synthetic(space.decode(numbers), tensors.pop("labels"), tensors.pop("step_size"))
-        memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in list(tensors) if name.startswith(_MEMORY)}
+        space = space.with_fixed(_beginning(tensors, _FIXED))
+        held = Synthetic(space.decode(numbers), tensors["labels"], tensors["step_size"])
         return cls(
             synthetic=held,
             numbers=numbers,
@@ -133,12 +134,16 @@ class State:
             labels_velocity=tensors["labels_velocity"],
             step_size_velocity=tensors["step_size_velocity"],
             average=tensors.get("average"),
-            memory=memory,
+            memory=_beginning(tensors, _MEMORY),
             **counters,
         )
 
 
-_MEMORY = "memory."
+def _beginning(tensors: dict[str, Tensor], prefix: str) -> Memory:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+_MEMORY, _FIXED = "memory.", "fixed."
 _COUNTERS = ("step", "undone", "undone_in_a_row", "skipped", "seconds")
 
 
@@ -260,8 +265,9 @@ def _save_result(state: State, config: Config, dataset: Dataset, groups: tuple[s
         "undone": state.undone,
         "skipped": state.skipped,
     }
-    learned = state.space.tensors(state.learned)
-    if learned:
+    learned = {}
+    if state.space is not PIXELS:
+        learned = {"numbers": state.learned, **state.space.fixed}
         meta |= {name: getattr(config.distill, name) for name in ("parameterization", "images_in_one")}
     state.result.save(folder / "synthetic.safetensors", meta, dataset.transform, learned)
 

@@ -20,7 +20,16 @@ from ddpp.errors import UserError
 
 
 class Parameterization(Protocol):
-    """A linear map between numbers and images [N, C, H, W]."""
+    """A linear map between numbers and images [N, C, H, W].
+
+    Attributes:
+        fixed: what the images are decoded by, beside the numbers: chosen once, it must stay with them.
+    """
+
+    fixed: dict[str, Tensor]
+
+    def with_fixed(self, fixed: dict[str, Tensor]) -> Parameterization:
+        """The same as it was chosen for numbers that were saved."""
 
     def encode(self, images: Tensor) -> Tensor:
         """The numbers whose images are nearest to these."""
@@ -31,12 +40,16 @@ class Parameterization(Protocol):
     def pull_back(self, gradient: Tensor) -> Tensor:
         """The gradient of the numbers from that of their images."""
 
-    def tensors(self, numbers: Tensor) -> dict[str, Tensor]:
-        """All from which the images can be decoded again, by name."""
-
 
 class Pixels:
     """Images are their own numbers."""
+
+    def __init__(self) -> None:
+        self.fixed: dict[str, Tensor] = {}
+
+    def with_fixed(self, fixed: dict[str, Tensor]) -> Pixels:
+        """The same."""
+        return self
 
     def encode(self, images: Tensor) -> Tensor:
         """The same."""
@@ -50,10 +63,6 @@ class Pixels:
         """The same."""
         return gradient
 
-    def tensors(self, numbers: Tensor) -> dict[str, Tensor]:
-        """None: the images are there."""
-        return {}
-
 
 class Frequencies:
     """FreD (arXiv 2311.08819): of each image those coefficients of its cosine transform that are largest in its class.
@@ -64,16 +73,30 @@ class Frequencies:
     elsewhere it leaves out what all images of a class have in common. Numbers: [N, C, kept].
 
     Args:
-        dataset: whose training images are looked at.
-        images_in_one: how many images share the numbers of one.
-        device: of the images.
+        places: of the frequencies that the images of each class keep, row * W + column. [K, kept] int64
+        shape: of an image, (C, H, W).
     """
 
-    def __init__(self, dataset: Dataset, images_in_one: int, device: torch.device) -> None:
+    def __init__(self, places: Tensor, shape: torch.Size | tuple[int, int, int]) -> None:
+        self.fixed, self.shape = {"places": places}, shape
+        self.down, self.across = (_cosines(side).to(places.device) for side in shape[1:])
+
+    @classmethod
+    def of(cls, dataset: Dataset, images_in_one: int, device: torch.device) -> Frequencies:
+        """For images on a device, ``images_in_one`` of which share the numbers of one."""
         _, height, width = dataset.shape
-        self.down, self.across = (_cosines(side).to(device) for side in (height, width))
+        down, across = (_cosines(side).to(device) for side in (height, width))
         kept = height * width // images_in_one
-        self.places = torch.stack([self._largest(dataset, label)[:kept] for label in range(len(dataset.classes))])
+        largest = []
+        for label in range(len(dataset.classes)):
+            images = dataset.train_images[dataset.train_labels == label].to(device)
+            squares = (down @ images @ across.mT).double().square().mean((0, 1))
+            largest.append(squares.flatten().sort(descending=True, stable=True).indices[:kept])
+        return cls(torch.stack(largest), dataset.shape)
+
+    def with_fixed(self, fixed: dict[str, Tensor]) -> Frequencies:
+        """With ``places`` that were saved: of nearly equal frequencies another machine may choose another."""
+        return Frequencies(fixed["places"], self.shape)
 
     def encode(self, images: Tensor) -> Tensor:
         """Coefficients. [N, C, kept]"""
@@ -87,20 +110,11 @@ class Frequencies:
 
     pull_back = encode  # rows of an orthonormal matrix
 
-    def tensors(self, numbers: Tensor) -> dict[str, Tensor]:
-        """``numbers`` [N, C, kept] and ``places`` [K, kept] int64, row * W + column of a class's frequencies."""
-        return {"numbers": numbers, "places": self.places}
-
     def _places_of(self, several: Tensor) -> Tensor:
         """[N, C, kept]"""
-        of_each = self.places.repeat_interleave(len(several) // len(self.places), 0)
+        places = self.fixed["places"]
+        of_each = places.repeat_interleave(len(several) // len(places), 0)
         return of_each[:, None].expand(-1, several.shape[1], -1)
-
-    def _largest(self, dataset: Dataset, label: int) -> Tensor:
-        """All places, that with the largest coefficients in a class first. [H W]"""
-        images = dataset.train_images[dataset.train_labels == label].to(self.down.device)
-        squares = (self.down @ images @ self.across.mT).double().square().mean((0, 1))
-        return squares.flatten().sort(descending=True, stable=True).indices
 
 
 class Multiformation:
@@ -115,9 +129,14 @@ class Multiformation:
     """
 
     def __init__(self, shape: torch.Size | tuple[int, int, int], images_in_one: int, device: torch.device) -> None:
+        self.fixed: dict[str, Tensor] = {}
         self.factor = math.isqrt(images_in_one)
         self.down, self.across = (_enlarging(side // self.factor, side).to(device) for side in shape[1:])
         self._smaller = torch.linalg.pinv(self.down), torch.linalg.pinv(self.across)
+
+    def with_fixed(self, fixed: dict[str, Tensor]) -> Multiformation:
+        """The same: nothing is chosen."""
+        return self
 
     def encode(self, images: Tensor) -> Tensor:
         """The smaller images that are nearest when enlarged, in their squares."""
@@ -132,10 +151,6 @@ class Multiformation:
     def pull_back(self, gradient: Tensor) -> Tensor:
         """By the transpose of the enlargement."""
         return self._together(self.down.mT @ gradient @ self.across)
-
-    def tensors(self, numbers: Tensor) -> dict[str, Tensor]:
-        """``numbers`` [N / images_in_one, C, H, W]."""
-        return {"numbers": numbers}
 
     def _together(self, parts: Tensor) -> Tensor:
         (count, channels, height, width), factor = parts.shape, self.factor
@@ -161,7 +176,7 @@ def make(settings: DistillConfig, dataset: Dataset, device: torch.device) -> Par
     if name == "frequencies":
         if several > shape[1] * shape[2]:
             raise UserError(f"--images-in-one {several} is more than the {shape[1] * shape[2]} frequencies of an image")
-        return Frequencies(dataset, several, device)
+        return Frequencies.of(dataset, several, device)
     if name == "multiformation":
         factor = math.isqrt(several)
         if factor**2 != several or shape[1] % factor or shape[2] % factor:

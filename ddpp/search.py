@@ -62,7 +62,7 @@ def grid(
 def search(
     config: Config, dataset: Dataset, folder: Path, candidates: Sequence[ModelConfig], device: torch.device
 ) -> dict[str, Any]:
-    """Trains every candidate on the distilled set, on as many random real images and on all real images.
+    """Trains every candidate on the distilled set, on random real images of its storage and on all real images.
 
     Returns:
         ``networks``: for each its options and for each of :data:`PROXIES` ``accuracy`` in percent and ``seconds``;

@@ -64,16 +64,16 @@ def test_what_is_encoded_decodes_to_the_nearest_images(name: str, digits: Datase
 
 
 def test_frequencies_are_those_of_the_cosine_transform(digits: Dataset) -> None:
-    space = Frequencies(digits, 4, CPU)
-    images = drawn((20, 1, 8, 8))
+    space, images = Frequencies.of(digits, 4, CPU), drawn((20, 1, 8, 8))
+    places = space.fixed["places"]
     expected = torch.from_numpy(dctn(images.numpy(), axes=(2, 3), norm="ortho")).flatten(2)
-    assert space.places.shape == (10, 16)
+    assert places.shape == (10, 16)
     for n, of_image in enumerate(space.encode(images)):
-        assert torch.allclose(of_image, expected[n, :, space.places[n // 2]], atol=1e-5)
+        assert torch.allclose(of_image, expected[n, :, places[n // 2]], atol=1e-5)
 
 
 def test_a_class_keeps_the_frequencies_without_which_its_images_lose_most(digits: Dataset) -> None:
-    places = Frequencies(digits, 4, CPU).places
+    places = Frequencies.of(digits, 4, CPU).fixed["places"]
     for label in range(10):
         images = digits.train_images[digits.train_labels == label].numpy()
         energy = torch.from_numpy(dctn(images, axes=(2, 3), norm="ortho")).square().sum((0, 1)).flatten()
@@ -144,7 +144,7 @@ def test_a_run_holds_more_images_in_as_many_numbers(finished: Path, digits: Data
     first, _ = synthetic.load(finished / "snapshots" / "step-000000.safetensors")
     assert not torch.equal(first.images, held.images)
     if "learned.places" in tensors:
-        assert torch.equal(tensors["learned.places"], Frequencies(digits, 4, CPU).places)
+        assert torch.equal(tensors["learned.places"], Frequencies.of(digits, 4, CPU).fixed["places"])
 
 
 def test_it_is_evaluated_beside_random_images_of_its_storage(
@@ -206,6 +206,16 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(name: str, digits: Dataset
     # Steps of the numbers are those of the images, brought into what can be decoded.
     assert torch.allclose(space.decode(space.encode(whole.result.images)), whole.result.images, atol=1e-5)
     assert float(whole.synthetic.images.norm()) < float(first.images.norm())
+
+
+def test_a_run_that_goes_on_keeps_its_frequencies(digits: Dataset, tmp_path: Path) -> None:
+    """Another machine, with other rounding, may find others."""
+    settings = DistillConfig(steps=2, lr_pixels=0.01)
+    first = synthetic.start(digits, 1, "real", 0.02, 0, 4)
+    state = distill.distill(settings, first, _TowardsZero(), tmp_path, Frequencies.of(digits, 4, CPU))
+    elsewhere = Frequencies(state.space.fixed["places"].flip(1) + 1, digits.shape)
+    again = distill.State.load(tmp_path / "checkpoint.safetensors", CPU, elsewhere)
+    assert torch.equal(again.synthetic.images, state.synthetic.images)
 
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path: Path) -> None:
