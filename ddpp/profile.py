@@ -182,8 +182,9 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     found = measure(call, step, device, graphs_for(config.run, device))
     found = found._replace(megabytes={**found.megabytes, **kept})
     settings = config.distill
+    of_a_class = settings.ipc * settings.images_in_one
     print(
-        f"{config.data.dataset}, {settings.ipc} images a class, {settings.inner_steps} inner steps, engine "
+        f"{config.data.dataset}, {of_a_class} images a class, {settings.inner_steps} inner steps, engine "
         f"{settings.engine}, {type(step).__name__}, {torch.get_num_threads()} threads: {found.total:.0f} ms\n"
     )
     print(table("time", found.milliseconds, "ms"))
