@@ -21,7 +21,7 @@ from ddpp.synthetic import Synthetic
 
 CPU = torch.device("cpu")
 TOY = [
-    *("--width", "8", "--threads", "1"),
+    *("--width", "8", "--threads", "1", "--device", "cpu"),
     *("--teachers-count", "2", "--teachers-epochs", "3", "--max-start-epoch", "2", "--teacher-span", "1"),
     *("--steps", "4", "--inner-steps", "3", "--snapshot-every", "2", "--checkpoint-every", "2"),
     *("--evaluate-networks", "2", "--evaluate-epochs", "3", "--evaluate-full-epochs", "1"),

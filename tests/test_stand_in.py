@@ -36,6 +36,8 @@ MOVED = {
     "tesla": "--method ddpp --engine tesla --prune difference --ipc 2",
     "pure PyTorch": "--method ddpp --no-use-fused-kernels",
     "unrolled": "--method ddpp --engine unrolled --prune lowest",
+    "frequencies": "--method ddpp --parameterization frequencies --images-in-one 4 --ema 0.9",
+    "multiformation": "--method dm --parameterization multiformation --images-in-one 4",
     "dc": "--method dc",
     "dsa": "--method dsa --ipc 2",
     "dm": "--method dm",
