@@ -18,6 +18,8 @@ from ddpp.config import DistillConfig
 from ddpp.data import Dataset
 from ddpp.errors import UserError
 
+_AT_ONCE = 500  # images
+
 
 class Parameterization(Protocol):
     """A linear map between numbers and images [N, C, H, W].
@@ -89,8 +91,10 @@ class Frequencies:
         kept = height * width // images_in_one
         largest = []
         for label in range(len(dataset.classes)):
-            images = dataset.train_images[dataset.train_labels == label].to(device)
-            squares = (down @ images @ across.mT).double().square().mean((0, 1))
+            squares = torch.zeros(height, width, dtype=torch.float64, device=device)
+            for some in torch.nonzero(dataset.train_labels == label).flatten().split(_AT_ONCE):
+                coefficients = down @ dataset.train_images[some].to(device) @ across.mT
+                squares += coefficients.double().square().sum((0, 1))
             largest.append(squares.flatten().sort(descending=True, stable=True).indices[:kept])
         return cls(torch.stack(largest), dataset.shape)
 
