@@ -286,7 +286,7 @@ def compare(
     settings = config.evaluate
     candidates = _candidates(folder, settings.select)
     names = settings.models or (config.model.model,)
-    # What is asked for now: a network's part names all that it takes of that.
+    # Not what is asked for in all: each network's part names what it takes of that.
     same = replace(config, data=replace(config.data, data_root="", download=False), evaluate=EvaluateConfig())
     about = {"config": asdict(same), "data": dataset.fingerprint, "threads": torch.get_num_threads()}
     about |= {"plugins": of_plugins} if (of_plugins := registry.plugins()) else {}

@@ -71,7 +71,7 @@ class Frequencies:
 
     The orthonormal type II transform of each channel. Every image of a class keeps the same H W / images_in_one
     frequencies, those with the largest mean square over its training images and the channels, which is how its images
-    lose least. FreD goes by the variance, which is the same where a class's mean image is blank, as of natural images;
+    lose least. FreD goes by the variance, which is nearly the same for photographs, whose mean image is nearly blank;
     elsewhere it leaves out what all images of a class have in common. Numbers: [N, C, kept].
 
     Args:

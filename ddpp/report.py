@@ -32,20 +32,19 @@ def write(folder: Path) -> None:
         UserError: the run has no results yet.
     """
     results = runs.read_json(folder / "results.json", "the run is not finished; continue it with --resume")
-    _draw_images(folder)
+    held, meta = synthetic.load(folder / "synthetic.safetensors")
+    _draw_images(folder, held.images, meta["classes"])
     _draw_curves(runs.read_log(folder / "log.jsonl"), folder / "curves.png")
-    _, meta = synthetic.load(folder / "synthetic.safetensors")
     runs.write_text(folder / "report.md", _text(results, synthetic.size_text(meta)))
 
 
-def _draw_images(folder: Path) -> None:
+def _draw_images(folder: Path, result: Tensor, classes: Sequence[str]) -> None:
     """The start above the result, one column a class."""
-    held, meta = synthetic.load(folder / "synthetic.safetensors")
     transform = synthetic.transform_of(folder / "synthetic.safetensors")
     starts = sorted((folder / "snapshots").glob("step-*.safetensors"))[:1]  # none where they were cleared away
-    shown = [*(("start", synthetic.load(path)[0].images) for path in starts), ("result", held.images)]
-    names = meta["classes"][:COLUMNS]
-    panels = [(title, _canvas(x, transform, len(meta["classes"]))) for title, x in shown]
+    shown = [*(("start", synthetic.load(path)[0].images) for path in starts), ("result", result)]
+    names = classes[:COLUMNS]
+    panels = [(title, _canvas(x, transform, len(classes))) for title, x in shown]
     height, width = panels[0][1].shape[:2]
     size = 10.0, len(panels) * 10.0 * height / width + 0.8  # inches
     figure, axes = plt.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False)
