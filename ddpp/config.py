@@ -164,10 +164,11 @@ class DistillConfig:
     checkpoint_every: int = option(50, "Outer steps between checkpoints.", low=1)
     kip_kernel: str = option(
         "conv",
-        "Infinitely wide network of kip: convolutional, fully connected, or convolutional with global average pooling.",
-        choices=("conv", "fc", "conv-gap"),
+        "Infinitely wide network of kip: convolutional, fully connected, convolutional with global average pooling, or "
+        "the paper's, of one convolution and then blocks of a convolution and average pooling.",
+        choices=("conv", "fc", "conv-gap", "convnet"),
     )
-    kip_depth: int = option(3, "Hidden layers of the network of kip.", low=1)
+    kip_depth: int = option(3, "Hidden layers of the network of kip, blocks of the paper's.", low=1)
     kip_batch: int = option(500, "Real images in an outer step of kip.", low=1)
     kip_ridge: float = option(1e-6, "Ridge of the regression of kip, in units of the kernel's mean diagonal.", low=0)
     own: tuple[str, ...] = option((), "Options of a method of your own, each as NAME=VALUE.")

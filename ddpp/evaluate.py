@@ -260,8 +260,9 @@ def _model(config: Config, name: str) -> ModelConfig:
     model, _, width = name.partition(":")
     if not width:
         return replace(config.model, model=model)
-    if model != "convnet" or not width.isdigit() or int(width) < 1:
-        raise UserError(f"--models {name}: a width stands after convnet only, as in convnet:1024")
+    if model not in models.convnet.NAMES or not width.isdigit() or int(width) < 1:
+        known = " and ".join(models.convnet.NAMES)
+        raise UserError(f"--models {name}: a width stands after {known} only, as in convnet:1024")
     return replace(config.model, model=model, width=int(width))
 
 

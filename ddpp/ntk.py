@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ddpp.errors import UserError
 
 WEIGHT_VARIANCE = 2.0
 BIAS_VARIANCE = 0.01  # above 0: else a blank patch has no angle to another
-KINDS = ("fc", "conv", "conv-gap")
+KINDS = ("fc", "conv", "conv-gap", "convnet")
 
 _COINCIDENT = 1e-13  # cosines this close to 1 or -1 are rounding
 _BLOCK_BYTES = 2**28
@@ -41,9 +43,10 @@ class WideNetwork:
 
     Attributes:
         kind: ``"fc"``, fully connected on the flattened image; ``"conv"``, 3x3 convolutions padded with zeros, then
-            flattened; or ``"conv-gap"``, the same with the mean over all positions (global average pooling) in place of
-            flattening.
-        depth: layers before the output layer, each with a ReLU; at least 1.
+            flattened; ``"conv-gap"``, the same with the mean over all positions (global average pooling) in place of
+            flattening; or ``"convnet"``, one convolution, then blocks of a convolution and the mean over 2x2 positions,
+            then flattened: the ConvNet of KIP (arXiv 2107.13034).
+        depth: layers before the output layer, each with a ReLU, or blocks of ``"convnet"``; at least 1.
 
     Flattened, a position of one image meets only the same position of the other, in every layer below as well. So
     covariances of n and m images are [n, m, H, W]; pooling mixes positions and needs all pairs, [n, m, H, W, H, W].
@@ -61,28 +64,40 @@ class WideNetwork:
         if self.depth < 1:
             raise UserError(f"depth must be at least 1, got {self.depth}")
 
-    def memory(self, count: int, shape: tuple[int, ...]) -> int:
-        """Bytes that one image's kernel with ``count`` others takes until its derivative is computed.
+    def memory(self, shape: tuple[int, ...]) -> int:
+        """Bytes that the kernel of two images [C, H, W] takes until its derivative is computed.
 
-        Args:
-            count: images [count, C, H, W] in a row of the kernel.
-            shape: C, H and W of an image.
+        Raises:
+            UserError: the images are too small to be pooled as often.
         """
-        positions = math.prod(shape[1:])
-        pairs = {"fc": 1, "conv": positions, "conv-gap": positions**2}[self.kind]
-        return count * pairs * self.depth * _NUMBERS_KEPT * torch.float64.itemsize
+        sides, smallest = self._sides(shape), min(shape[1:])
+        if smallest >> sum(self._pools) < 1:
+            raise UserError(
+                f"depth {self.depth} pools images of {shape[1]}x{shape[2]} pixels below one pixel; take a depth of at "
+                f"most {int(math.log2(smallest))}, or larger images"
+            )
+        pairs = sum((height * width) ** (2 if self._mixes else 1) for height, width in sides)
+        return pairs * _NUMBERS_KEPT * torch.float64.itemsize
 
     def ntk(self, first: Tensor, second: Tensor) -> Tensor:
         """Tangent kernel of images [n, C, H, W] and [m, C, H, W], in float64. [n, m]
 
-        Computed in blocks of the first images; with gradients a block is computed again in the backward pass, so memory
-        does not grow with n. Differentiable; see :meth:`kernels`.
+        Computed in blocks of both; with gradients a block is computed again in the backward pass, so memory does not
+        grow with n and m. Differentiable; see :meth:`kernels`.
         """
-        blocks = first.split(max(1, _BLOCK_BYTES // self.memory(len(second), first.shape[1:])))
-        if len(blocks) == 1:
+        at_once = max(1, _BLOCK_BYTES // self.memory(first.shape[1:]))  # pairs
+        columns = min(at_once, len(second))
+        rows = at_once // columns
+        if len(first) <= rows and len(second) <= columns:
             return self.kernels(first, second).ntk
-        again = partial(checkpoint, self._ntk, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([again(block, second) for block in blocks])
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        one, other = (torch.cat([again(self._variances, part) for part in x.split(at_once)]) for x in (first, second))
+        columns_of_second = list(zip(second.split(columns), other.split(columns), strict=True))
+        kernel = [
+            torch.cat([again(self._ntk, x, y, of_x, of_y) for y, of_y in columns_of_second], 1)
+            for x, of_x in zip(first.split(rows), one.split(rows), strict=True)
+        ]
+        return torch.cat(kernel)
 
     def kernels(self, first: Tensor, second: Tensor) -> Kernels:
         """Both kernels of images [n, C, H, W] and [m, C, H, W], in float64 and all at once. [n, m]
@@ -90,28 +105,86 @@ class WideNetwork:
         The tangent kernel has a kink where two images coincide; its derivative there is the mean of both sides, which
         is exact for an image with itself.
         """
-        if self.kind == "fc":
-            first, second = (x.flatten(1)[:, :, None, None] for x in (first, second))
-        first, second = first.double(), second.double()
-        nngp = self._layer(self._pairs(first, second, "c") / first.shape[1])  # [n, m, H, W] or [n, m, H, W, H, W]
-        ntk = nngp
-        one, other = (self._layer(x.square().mean(1)) for x in (first, second))  # variances [n, H, W], [m, H, W]
-        for _ in range(self.depth - 1):
-            active, slopes = _relu(nngp, self._pairs(one, other).sqrt())
+        return self._kernels(first, second, self._variances(first), self._variances(second))
+
+    def _ntk(self, first: Tensor, second: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        return self._kernels(first, second, one, other).ntk
+
+    def _kernels(self, first: Tensor, second: Tensor, one: Tensor, other: Tensor) -> Kernels:
+        """Both kernels of images whose :meth:`_variances` are [n, V] and [m, V]."""
+        of_first, of_second = (self._by_layer(v, x.shape[1:]) for v, x in ((one, first), (other, second)))
+        first, second = self._arranged(first), self._arranged(second)
+        nngp = ntk = self._layer(self._pairs(first, second, "c") / first.shape[1])
+        begin, *layers = zip(self._pools, of_first, of_second, strict=True)
+        active, tangent = self._activated(nngp, ntk, *begin)
+        for layer in layers:
             nngp = self._layer(active)
-            ntk = nngp + WEIGHT_VARIANCE * self._neighbours(slopes * ntk)
-            one, other = self._layer(one / 2), self._layer(other / 2)
+            ntk = nngp + WEIGHT_VARIANCE * self._neighbours(tangent)
+            active, tangent = self._activated(nngp, ntk, *layer)
+        nngp = WEIGHT_VARIANCE * self._seen_at_last(active) + BIAS_VARIANCE
+        return Kernels(nngp, nngp + WEIGHT_VARIANCE * self._seen_at_last(tangent))
+
+    def _activated(self, nngp: Tensor, ntk: Tensor, pools: bool, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Both kernels after a ReLU, by variances [n, H, W] and [m, H, W], and after the pooling if there is one."""
         active, slopes = _relu(nngp, self._pairs(one, other).sqrt())
-        nngp = WEIGHT_VARIANCE * active.flatten(2).mean(2) + BIAS_VARIANCE
-        return Kernels(nngp, nngp + WEIGHT_VARIANCE * (slopes * ntk).flatten(2).mean(2))
+        tangent = slopes * ntk
+        return (_pooled(active), _pooled(tangent)) if pools else (active, tangent)
+
+    def _variances(self, images: Tensor) -> Tensor:
+        """Of what the ReLUs of images [n, C, H, W] see at each position, layer after layer. [n, V]"""
+        images, found = self._arranged(images), []
+        if not any(self._pools):
+            variance = self._layer(images.square().mean(1))  # [n, H, W]
+            for _ in self._pools:
+                found.append(variance.flatten(1))
+                variance = self._layer(variance / 2)
+            return torch.cat(found, 1)
+        # A mean has the variance of all that it is of: an image's positions with one another.
+        covariance = self._layer(torch.einsum("nchw,ncij->nhwij", images, images)[:, None] / images.shape[1])
+        for pools in self._pools:
+            variance = torch.einsum("nmhwhw->nhw", covariance)
+            found.append(variance.flatten(1))
+            scale = torch.einsum("nhw,nij->nhwij", variance, variance)[:, None].sqrt()
+            active, _ = _relu(covariance, scale)
+            covariance = self._layer(_pooled(active) if pools else active)
+        return torch.cat(found, 1)
+
+    @property
+    def _mixes(self) -> bool:
+        """Whether each position of one image meets all of the other."""
+        return self.kind in ("conv-gap", "convnet")
+
+    @property
+    def _pools(self) -> tuple[bool, ...]:
+        """Of each layer, whether pooling comes after its ReLU."""
+        return (False, *[True] * self.depth) if self.kind == "convnet" else (False,) * self.depth
+
+    def _sides(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Height and width at each layer's ReLU of images [C, H, W]."""
+        height, width = (1, 1) if self.kind == "fc" else shape[1:]
+        halvings = accumulate(self._pools[:-1], initial=0)
+        return [(height >> halved, width >> halved) for halved in halvings]
+
+    def _by_layer(self, variances: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
+        """The parts of :meth:`_variances` for images [C, H, W]. Each [n, H, W]"""
+        sides = self._sides(shape)
+        parts = variances.split([height * width for height, width in sides], 1)
+        return [part.unflatten(1, side) for part, side in zip(parts, sides, strict=True)]
+
+    def _arranged(self, images: Tensor) -> Tensor:
+        """In float64, all numbers as channels of one position where the network is fully connected."""
+        return (images.flatten(1)[:, :, None, None] if self.kind == "fc" else images).double()
 
     def _pairs(self, first: Tensor, second: Tensor, channels: str = "") -> Tensor:
         """Products of images at the positions that meet, summed over channels. [n, m, H, W] or [n, m, H, W, H, W]"""
-        other, both = ("ij", "hwij") if self.kind == "conv-gap" else ("hw", "hw")
+        other, both = ("ij", "hwij") if self._mixes else ("hw", "hw")
         return torch.einsum(f"n{channels}hw,m{channels}{other}->nm{both}", first, second)
 
-    def _ntk(self, first: Tensor, second: Tensor) -> Tensor:
-        return self.kernels(first, second).ntk
+    def _seen_at_last(self, x: Tensor) -> Tensor:
+        """Mean over the positions that meet in the output layer. [n, m]"""
+        if self.kind == "convnet":
+            return torch.einsum("nmhwhw->nm", x) / math.prod(x.shape[-2:])
+        return x.flatten(2).mean(2)
 
     def _layer(self, covariance: Tensor) -> Tensor:
         """Covariance of a layer's outputs from that of its inputs. [..., H, W]"""
@@ -121,43 +194,63 @@ class WideNetwork:
         """Mean over what a position's filter sees, zeros beyond the border. [..., H, W]"""
         if self.kind == "fc":
             return x
-        return _neighbours_of_pairs(x) if x.dim() == 6 else F.avg_pool2d(x, 3, stride=1, padding=1)
+        return _NeighboursOfPairs.apply(x) if x.dim() == 6 else F.avg_pool2d(x, 3, stride=1, padding=1)
 
 
-def _neighbours_of_pairs(x: Tensor) -> Tensor:
-    """Mean over pairs of positions shifted together, zeros beyond the border. [n, m, H, W, H, W]"""
-    height, width = x.shape[-2:]
-    padded = F.pad(x, (1,) * 8)
-    shifts = [(slice(a, a + height), slice(b, b + width)) for a in range(3) for b in range(3)]
-    return reduce(torch.add, (padded[..., *shift, *shift] for shift in shifts)) / 9
+def _pooled(x: Tensor) -> Tensor:
+    """Means over 2x2 positions of either image. [n, m, H, W, H, W] -> [n, m, H / 2, W / 2, H / 2, W / 2]"""
+    for _ in range(2):
+        x = F.avg_pool2d(x.flatten(0, 3), 2).unflatten(0, x.shape[:4]).movedim((4, 5), (2, 3))
+    return x
+
+
+class _NeighboursOfPairs(torch.autograd.Function):
+    """Mean over pairs of positions shifted together, zeros beyond the border: its own transpose. [n, m, H, W, H, W]"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        for one, other in ((2, 4), (3, 5)):  # rows, then columns
+            total, length = x.clone(), x.shape[one] - 1
+            upper, lower = (t.narrow(one, 0, length).narrow(other, 0, length) for t in (total, x))
+            upper += x.narrow(one, 1, length).narrow(other, 1, length)
+            total.narrow(one, 1, length).narrow(other, 1, length).add_(lower)
+            x = total
+        return x.div_(9)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _NeighboursOfPairs.apply(gradient)
 
 
 def _relu(covariance: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """E[relu(u) relu(v)] and E[relu'(u) relu'(v)] of normal u, v by their covariance and product of deviations."""
-    cosine = covariance / scale
-    return scale * _Ramps.apply(cosine), _steps(cosine)
+    ramps, steps = _Moments.apply(covariance / scale)
+    return scale * ramps, steps
 
 
-def _angle(cosine: Tensor) -> Tensor:
-    """Arccos, whose derivative is taken as 0 at 1 and -1, where it is infinite on one side."""
-    apart = cosine.abs() < 1 - _COINCIDENT
-    return torch.where(apart, torch.where(apart, cosine, 0).acos(), cosine.detach().sign().acos())
+class _Moments(torch.autograd.Function):
+    """(sine + (pi - angle) cosine) / 2 pi and (pi - angle) / 2 pi by the cosine of two signals.
 
-
-def _steps(cosine: Tensor) -> Tensor:
-    """(pi - angle) / 2 pi"""
-    return (math.pi - _angle(cosine)) / (2 * math.pi)
-
-
-class _Ramps(torch.autograd.Function):
-    """(sine + (pi - angle) cosine) / 2 pi. Through sine and angle its derivative would be inf - inf near 1."""
+    The second one's derivative is taken as 0 at 1 and -1, where it is infinite on one side. Through sine and angle the
+    first one's would be inf - inf near 1. Once differentiable.
+    """
 
     @staticmethod
-    def forward(ctx: Any, cosine: Tensor) -> Tensor:
-        ctx.save_for_backward(cosine)
-        return _angle(cosine).sin() / (2 * math.pi) + _steps(cosine) * cosine
+    def forward(ctx: Any, cosine: Tensor) -> tuple[Tensor, Tensor]:
+        cosine = torch.where(cosine.abs() < 1 - _COINCIDENT, cosine, cosine.sign())
+        steps = cosine.acos().sub_(math.pi).div_(-2 * math.pi)
+        ctx.save_for_backward(cosine, steps)
+        return _sine(cosine).div_(2 * math.pi).addcmul_(steps, cosine), steps
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (cosine,) = ctx.saved_tensors
-        return gradient * _steps(cosine)
+    @once_differentiable
+    def backward(ctx: Any, of_ramps: Tensor, of_steps: Tensor) -> Tensor:
+        cosine, steps = ctx.saved_tensors
+        slope = _sine(cosine).mul_(2 * math.pi).reciprocal_()
+        slope.masked_fill_(cosine.abs() == 1, 0)
+        return slope.mul_(of_steps).addcmul_(of_ramps, steps)
+
+
+def _sine(cosine: Tensor) -> Tensor:
+    """Without the loss of digits that 1 - cosine * cosine has near 1."""
+    return (1 - cosine).mul_(1 + cosine).sqrt_()

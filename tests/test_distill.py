@@ -287,7 +287,7 @@ def test_a_width_may_stand_behind_convnet(finished: Path, capsys: pytest.Capture
     assert set(json.loads((finished / "evaluation.json").read_text())["models"]) == {"convnet", "convnet:16"}
     for wrong in ("vgg11:64", "convnet:wide"):
         assert evaluate.main([*argv, wrong]) == 2
-        assert f"--models {wrong}: a width stands after convnet only" in capsys.readouterr().err
+        assert f"--models {wrong}: a width stands after convnet and convnet-kip only" in capsys.readouterr().err
 
 
 def test_protocols_stand_side_by_side(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

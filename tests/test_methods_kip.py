@@ -127,16 +127,24 @@ def test_the_regression_knows_what_it_was_fitted_to(problem: Problem) -> None:
 def test_pooling_that_does_not_fit_is_refused(
     problem: Problem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Of digits 64 * 64 pairs of positions, 20 images, 2 layers, 24 numbers of 8 bytes: 30 MiB."""
+    """Of digits 64 * 64 pairs of positions, 2 layers, 24 numbers of 8 bytes: 1.5 MiB."""
     settings = replace(SETTINGS, distill=replace(SETTINGS.distill, kip_kernel="conv-gap"))
     pooled = replace(problem, config=settings)
     METHODS.get("kip")(pooled)
     monkeypatch.setattr(kip, "_memory", lambda device: 2**20)
-    with pytest.raises(UserError, match=r"conv-gap needs 0\.0 GiB for one real image and 20 synthetic ones of 1x8x8"):
+    with pytest.raises(UserError, match=r"conv-gap needs 0\.0 GiB for a real image and a synthetic one of 1x8x8"):
         METHODS.get("kip")(pooled)
     out = tmp_path / "run"
     assert distill.main([*TOY, "--kip-kernel", "conv-gap", "--out", str(out)]) == 2
     assert not out.exists()  # refused before anything is begun
+
+
+def test_more_poolings_than_there_are_pixels_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    options = ["--kip-kernel", "convnet", "--kip-depth", "4", "--out", str(out)]
+    assert distill.main([*TOY, *options]) == 2
+    assert "--kip-kernel convnet, --kip-depth 4 pools images of 8x8 pixels below one pixel" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_numbers_that_are_not_finite_come_back(problem: Problem) -> None:

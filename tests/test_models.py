@@ -25,6 +25,7 @@ def count(model: nn.Module) -> int:
     [
         ("convnet", 10, 320_010),
         ("convnet", 100, 504_420),
+        ("convnet-kip", 10, 467_594),
         ("resnet18", 10, 11_173_962),
         ("vgg11", 10, 9_231_114),
         ("alexnet", 10, 1_872_202),
@@ -53,6 +54,14 @@ def test_every_architecture_at_every_size(name: str, shape: tuple[int, int, int]
 def test_the_largest_images() -> None:
     assert build((3, 128, 128), model="vgg11")(torch.zeros(1, 3, 128, 128)).shape == (1, 10)
     assert build((3, 128, 128))(torch.zeros(1, 3, 128, 128)).shape == (1, 10)
+
+
+def test_kips_network_has_a_convolution_more_which_does_not_pool() -> None:
+    options = {"width": 8, "norm": "none", "depth": 3}
+    plain, more = (build((3, 8, 8), model=name, **options) for name in ("convnet", "convnet-kip"))
+    kinds = [[type(m) for m in model.features if not isinstance(m, nn.Identity)] for model in (plain, more)]
+    assert kinds[1] == [nn.Conv2d, nn.ReLU, *kinds[0]]
+    assert plain.classifier.weight.shape == more.classifier.weight.shape
 
 
 @pytest.mark.parametrize(("size", "depth"), [(8, 2), (16, 2), (28, 3), (32, 3), (64, 4), (128, 5)])

@@ -1,7 +1,7 @@
 """Analytic kernels against closed forms, loops, and networks that are wide and random."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -27,9 +27,11 @@ class Finite(torch.nn.Module):
         draw = torch.Generator().manual_seed(seed)
         channels, height, width_in = shape
         filters = () if kind == "fc" else (3, 3)
-        sizes = [channels * height * width_in if kind == "fc" else channels, *[width] * depth]
+        layers = depth + 1 if kind == "convnet" else depth
+        sizes = [channels * height * width_in if kind == "fc" else channels, *[width] * layers]
         shapes = [(out, fan, *filters) for fan, out in pairwise(sizes)]
-        last = width * height * width_in if kind == "conv" else width
+        positions = {"conv": height * width_in, "convnet": (height >> depth) * (width_in >> depth)}
+        last = width * positions.get(kind, 1)
         self.weights = torch.nn.ParameterList(torch.randn(s, generator=draw) for s in [*shapes, (1, last)])
         self.biases = torch.nn.ParameterList(torch.randn(len(w), generator=draw) for w in self.weights)
 
@@ -42,6 +44,8 @@ class Finite(torch.nn.Module):
             bias = bias * math.sqrt(BIAS_VARIANCE)
             x = F.conv2d(x, weight, bias, padding=1) if weight.dim() == 4 else F.linear(x, weight, bias)
             x = x if number == len(self.weights) - 1 else x.relu()
+            if self.kind == "convnet" and 0 < number < len(self.weights) - 1:
+                x = F.avg_pool2d(x, 2)
         return x[:, 0]
 
 
@@ -53,7 +57,12 @@ def empirical_ntk(network: Finite, x: Tensor) -> Tensor:
     return flat @ flat.T
 
 
-WIDE = [("fc", 3, 2048, 8), ("conv", 2, 256, 16), ("conv-gap", 2, 256, 64)]
+WIDE = [("fc", 3, 2048, 8), ("conv", 2, 256, 16), ("conv-gap", 2, 256, 64), ("convnet", 2, 256, 64)]
+
+
+def small(kind: str) -> WideNetwork:
+    """As deep as images of 3 pixels a side allow."""
+    return WideNetwork(kind, 1 if kind == "convnet" else 3)
 
 
 @pytest.mark.parametrize(("kind", "depth", "width", "networks"), WIDE)
@@ -97,13 +106,15 @@ def test_a_convolution_averages_the_arc_cosine_kernel_of_patches() -> None:
 
 
 def test_memory_grows_with_the_pairs_of_positions_that_meet() -> None:
-    fc, conv, pooled = (WideNetwork(kind, 3).memory(10, (3, 32, 32)) for kind in ntk.KINDS)
+    fc, conv, pooled, _ = (WideNetwork(kind, 3).memory((3, 32, 32)) for kind in ntk.KINDS)
     assert conv == 1024 * fc and pooled == 1024 * conv
+    layers = 32**4 + 32**4 + 16**4 + 8**4
+    assert WideNetwork("convnet", 3).memory((3, 32, 32)) == fc // 3 * layers
 
 
 @pytest.mark.parametrize("kind", ntk.KINDS)
 def test_gradients(kind: str) -> None:
-    network, x, y = WideNetwork(kind, 3), images(3, side=3), images(2, seed=1, side=3)
+    network, x, y = small(kind), images(3, side=3), images(2, seed=1, side=3)
     x, y = x.requires_grad_(), y.requires_grad_()
     assert torch.autograd.gradcheck(network.kernels, (x, y))
 
@@ -111,11 +122,20 @@ def test_gradients(kind: str) -> None:
 @pytest.mark.parametrize("kind", ntk.KINDS)
 def test_gradients_where_images_coincide(kind: str) -> None:
     """An image with itself, and two equal images, where the slope of the tangent kernel jumps."""
-    network, x = WideNetwork(kind, 3), images(2, side=3)
+    network, x = small(kind), images(2, side=3)
     assert torch.autograd.gradcheck(lambda a: network.ntk(a, a), x.clone().requires_grad_())
     twice = torch.cat([x, x[:1]]).requires_grad_()
     (gradient,) = torch.autograd.grad(network.ntk(twice, twice).sum(), twice)
     assert torch.isfinite(gradient).all()
+
+
+def test_positions_that_meet_move_together() -> None:
+    """The filter's mean over pairs of positions against a loop, on images that are not square."""
+    x = torch.randn(1, 2, 4, 3, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    padded, wanted = F.pad(x, (1,) * 8), torch.zeros_like(x)
+    for a, b in product(range(3), range(3)):
+        wanted += padded[:, :, a : a + 4, b : b + 3, a : a + 4, b : b + 3] / 9
+    torch.testing.assert_close(ntk._NeighboursOfPairs.apply(x), wanted, rtol=1e-13, atol=1e-15)
 
 
 def test_an_image_with_itself() -> None:
@@ -154,7 +174,11 @@ def test_blocks_give_the_same_kernel_and_gradient(kind: str, monkeypatch: pytest
 
 
 def test_what_is_no_network_is_refused() -> None:
-    with pytest.raises(UserError, match="kind must be one of fc, conv, conv-gap, got 'pool'"):
+    with pytest.raises(UserError, match="kind must be one of fc, conv, conv-gap, convnet, got 'pool'"):
         WideNetwork("pool", 2)
     with pytest.raises(UserError, match="depth must be at least 1, got 0"):
         WideNetwork("fc", 0)
+    with pytest.raises(
+        UserError, match="depth 3 pools images of 9x7 pixels below one pixel; take a depth of at most 2"
+    ):
+        WideNetwork("convnet", 3).memory((1, 9, 7))

@@ -42,13 +42,16 @@ class KIP:
         self.problem = problem
         settings = problem.config.distill
         self.network = WideNetwork(settings.kip_kernel, settings.kip_depth)
-        count = settings.ipc * len(problem.dataset.classes)
-        needed, there = self.network.memory(count, problem.dataset.shape), _memory(problem.device)
+        try:
+            needed = self.network.memory(problem.dataset.shape)
+        except UserError as e:
+            raise UserError(f"--kip-kernel {settings.kip_kernel}, --kip-{e}") from None
+        there = _memory(problem.device)
         if needed > there:
             raise UserError(
-                f"--kip-kernel {settings.kip_kernel} needs {needed / 2**30:.1f} GiB for one real image and {count} "
-                f"synthetic ones of {'x'.join(map(str, problem.dataset.shape))}, and {problem.device} has "
-                f"{there / 2**30:.1f} GiB. Take --kip-kernel conv or fc, a lower --ipc, --kip-depth or --image-size."
+                f"--kip-kernel {settings.kip_kernel} needs {needed / 2**30:.1f} GiB for a real image and a synthetic "
+                f"one of {'x'.join(map(str, problem.dataset.shape))}, and {problem.device} has "
+                f"{there / 2**30:.1f} GiB. Take --kip-kernel conv or fc, a lower --kip-depth or --image-size."
             )
 
     def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:

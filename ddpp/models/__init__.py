@@ -45,7 +45,7 @@ def describe(config: ModelConfig, shape: Shape) -> dict[str, Any]:
     """
     if source := MODELS.source(config.model):
         return {"plugin": source, **asdict(config)}
-    if config.model != "convnet":
+    if config.model not in convnet.NAMES:
         return {"model": config.model}
     return asdict(replace(config, depth=config.depth or convnet.default_depth(shape[1])))
 

@@ -15,6 +15,7 @@ from ddpp.config import ModelConfig
 from ddpp.errors import UserError
 from ddpp.models.base import MODELS, Network, Shape, choose, first_convolution, instance_norm
 
+NAMES = ("convnet", "convnet-kip")  # which follow all options of the configuration
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "leakyrelu": nn.LeakyReLU,
@@ -48,7 +49,28 @@ def convnet(config: ModelConfig, shape: Shape, classes: int) -> Network:
         UserError: more poolings than the image has halvings, or a width that groups of 4 do not divide.
     """
     first, size = first_convolution(shape, config.width, kernel=3)
-    depth = config.depth or default_depth(shape[1])
+    return _convnet(config, [], first, size, classes)
+
+
+@MODELS.register("convnet-kip")
+def convnet_kip(config: ModelConfig, shape: Shape, classes: int) -> Network:
+    """The ConvNet with a convolution and an activation before its blocks, as KIP's networks have (arXiv 2107.13034).
+
+    Raises:
+        UserError: as :func:`convnet`.
+    """
+    first, size = first_convolution(shape, config.width, kernel=3)
+    before = [first, choose("activation", _ACTIVATIONS, config.activation)()]
+    return _convnet(config, before, _convolution(config.width), size, classes)
+
+
+def _convolution(width: int) -> nn.Conv2d:
+    return nn.Conv2d(width, width, 3, padding=1)
+
+
+def _convnet(config: ModelConfig, before: list[nn.Module], first: nn.Conv2d, size: int, classes: int) -> Network:
+    """The blocks, whose first convolution is given, after what comes before them; ``size`` pixels a side."""
+    depth = config.depth or default_depth(size)
     if config.pooling != "none" and size >> depth < 1:
         raise UserError(
             f"depth {depth} pools images of {size} pixels below one pixel. "
@@ -56,10 +78,10 @@ def convnet(config: ModelConfig, shape: Shape, classes: int) -> Network:
         )
     if config.norm == "group" and config.width % 4:
         raise UserError(f"width must be divisible by 4, the groups of the normalisation, got {config.width}")
-    layers: list[nn.Module] = []
+    layers = before
     for block in range(depth):
         layers += [
-            nn.Conv2d(config.width, config.width, 3, padding=1) if block else first,
+            _convolution(config.width) if block else first,
             choose("norm", _NORMS, config.norm)(config.width, size),
             choose("activation", _ACTIVATIONS, config.activation)(),
             choose("pooling", _POOLINGS, config.pooling)(),
