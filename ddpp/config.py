@@ -147,12 +147,12 @@ class DistillConfig:
         low=0,
     )
     lr_network: float = option(0.01, "Learning rate of the network of dc, dsa and cafe.", low=0)
-    discrimination: float = option(0.1, "Weight of cafe's discrimination loss.", low=0)
+    discrimination: float = option(0.01, "Weight of cafe's discrimination loss.", low=0)
     inner_change: float = option(
         0.03, "Cafe trains its network until an epoch changes its accuracy by less, a share.", low=0, high=1
     )
     outer_change: float = option(
-        0.04, "Cafe takes a fresh network where three outer steps changed its accuracy by less.", low=0, high=1
+        0.04, "Cafe takes a fresh network where ten outer steps changed its accuracy by less.", low=0, high=1
     )
     engine: str = option(
         "adjoint",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ddpp.errors import UserError
 
-# Two-sided 95 % points of Student's t by degrees of freedom; beyond 30 the normal's 1.96 is nearer than its rounding.
+# Two-sided 95 % points of Student's t by degrees of freedom.
 _T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
@@ -80,9 +80,16 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Differ
         raise UserError(f"a paired difference needs two or more pairs, got {len(first)} and {len(second)} figures")
     differences = [b - a for a, b in zip(first, second, strict=True)]
     freedom = len(differences) - 1
-    point = _T[freedom - 1] if freedom <= len(_T) else 1.96
-    margin = point * statistics.stdev(differences) / math.sqrt(len(differences))
+    margin = _t(freedom) * statistics.stdev(differences) / math.sqrt(len(differences))
     return Difference(statistics.fmean(differences), margin, len(differences))
+
+
+def _t(freedom: int) -> float:
+    """The 95 % point; beyond the table by two terms of its series about the normal's, exact to a ten-thousandth."""
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _scaled(exponent: float) -> float:

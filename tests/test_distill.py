@@ -17,6 +17,7 @@ from ddpp import distill, evaluate, report, runs, synthetic
 from ddpp.config import Config, DistillConfig
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Memory, Problem, Update
+from ddpp.methods import ddpp as ddpp_method
 from ddpp.synthetic import Synthetic
 
 TOY = [
@@ -198,6 +199,8 @@ def test_the_step_size_stays_positive() -> None:
         (["--evaluate-models", "alexnt"], "unknown model 'alexnt'; did you mean 'alexnet'?"),
         (["--evaluate-select", "val", "--validation", "0"], "--select val needs a held-out part"),
         (["--norm", "batch", "--bf16"], "--bf16 is there for a ConvNet with instance normalisation"),
+        (["--method", "dm", "--norm", "batch"], "--norm batch takes away what tells classes apart"),
+        (["--method", "cafe", "--norm", "batch"], "--method cafe passes each class through the network by itself"),
         (["--device", "cuda:99"], "CUDA devices here"),
         (["--device", "meta"], "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),
         (["--device", "warp"], "--device must be auto, cpu, cuda or cuda:N, got 'warp'"),
@@ -218,6 +221,26 @@ def test_an_output_folder_with_another_run_is_refused(finished: Path, capsys: py
     assert distill.main([*TOY, "--out", str(finished), "--ipc", "2"]) == 2
     assert "holds another run" in capsys.readouterr().err
     assert (finished / "results.json").read_bytes() == before
+
+
+def test_batches_pass_through_the_set_again_and_again(
+    teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image once in a pass, the batch that is not full first, as in the published code."""
+    seen, wanted = [], ddpp_method.matching_gradients
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        seen.append([batch.tolist() for batch in args[6]])
+        return wanted(*args, **options)
+
+    monkeypatch.setattr(ddpp_method, "matching_gradients", recorded)
+    folder = ["--teachers-folder", str(teachers), "--out", str(tmp_path / "run")]
+    assert distill.main([*TOY, *folder, "--steps", "2", "--inner-steps", "5", "--ipc", "2", "--batch", "8"]) == 0
+    for batches in seen:
+        assert [len(batch) for batch in batches] == [4, 8, 8, 4, 8]
+        assert sorted(image for batch in batches[:3] for image in batch) == list(range(20))
+        assert not set(batches[3]) & set(batches[4])
+    assert seen[0] != seen[1]
 
 
 def test_methods_differ_by_the_mask_alone(finished: Path, teachers: Path, tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from ddpp import cli, compare, continual, data, distill, evaluate, runs, scores, search, synthetic
 from ddpp.errors import UserError
@@ -67,6 +69,15 @@ def test_the_paired_difference_has_students_interval() -> None:
     assert found.margin == pytest.approx(4.303 * 1.0 / 3**0.5)
     with pytest.raises(UserError, match="two or more pairs"):
         scores.paired_difference([1], [2])
+
+
+@pytest.mark.parametrize("pairs", [2, 10, 31, 32, 41, 200])
+def test_the_interval_of_any_number_of_pairs(pairs: int) -> None:
+    """Against scipy's quantiles, to the rounding of a printed table."""
+    second = torch.randn(pairs, generator=torch.Generator().manual_seed(pairs)).tolist()
+    found = scores.paired_difference([0.0] * pairs, second)
+    wanted = stats.t.ppf(0.975, pairs - 1) * np.std(second, ddof=1) / math.sqrt(pairs)
+    assert found.margin == pytest.approx(wanted, rel=3e-4)
 
 
 def changed(finished: Path, to: Path, section: str, key: str, value: object) -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddpp import models, seeds, training
+from ddpp.config import Config
 from ddpp.errors import UserError
 from ddpp.gpu import graphs_for, send
 from ddpp.methods import Problem
@@ -16,6 +17,19 @@ from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
 _AT_ONCE = 500  # images
+
+
+def check_class_by_class(config: Config) -> None:
+    """Refuses batch normalisation, which takes from one class's images what tells them from another's.
+
+    Raises:
+        UserError: the network has it.
+    """
+    if config.model.norm == "batch":
+        raise UserError(
+            f"--method {config.distill.method} passes each class through the network by itself, where --norm "
+            "batch takes away what tells classes apart; take --norm instance or group"
+        )
 
 
 class ByClass:

@@ -16,20 +16,21 @@ from ddpp.synthetic import Synthetic
 
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.SiLU)
 _AT_ONCE = 500  # images
-_WINDOW = 3  # outer steps over which a network must still have changed
+_WINDOW = 10  # outer steps over which a network must still have changed
+_EARLIER, _LAST, _EMBEDDING = 0.1, 1.0, 2.0  # weights of activations and of the embedding, which the code takes twice
 
 
 @METHODS.register("cafe")
 class CAFE(DC):
     """At each outer step, class by class and layer by layer, the mean features of real and of synthetic images.
 
-    The loss is the squared distance of the means, mean over a layer's features and summed over layers and classes, plus
-    ``discrimination`` times the cross-entropy of real images classified by their products with the synthetic images'
-    mean embeddings (section 3 of the paper). The loops are dynamic: after an outer step the network is trained on the
-    synthetic images until an epoch changes its accuracy on the real images of that step by less than
-    ``inner_change``, at most for ``loop_epochs``; where the accuracy moved by less than ``outer_change`` over the last
-    three outer steps, a fresh network follows. With augmentation, of a class's real and synthetic images by one draw,
-    it is the paper's CAFE+DSA. Networks are evaluated at the first step size.
+    The loss is the squared distance of the means, summed over features, layers and classes, plus ``discrimination``
+    times the cross-entropy, summed over the real images, of classifying them by their products with the synthetic
+    images' mean embeddings (section 3 of the paper); the layers' weights are those of its published code. The loops are
+    dynamic: after an outer step the network is trained on the synthetic images until an epoch changes its accuracy on
+    the real images of that step by less than ``inner_change``, at most for ``loop_epochs``; where the accuracy moved by
+    less than ``outer_change`` over the last ten outer steps, a fresh network follows. With augmentation, of a class's
+    real and synthetic images by one draw, it is the paper's CAFE+DSA. Networks are evaluated at the first step size.
     """
 
     augments = True
@@ -67,12 +68,13 @@ class CAFE(DC):
             with torch.no_grad():
                 theirs = self._features(theta, self._augmented(part, plan))
             ours = self._features(theta, self._augmented(images[mine], plan))
-            for a, b in zip(ours, theirs, strict=True):
-                distance = distance + (a.mean(0) - b.mean(0)).square().mean()
+            weights = *[_EARLIER] * (len(ours) - 2), _LAST, _EMBEDDING
+            for weight, a, b in zip(weights, ours, theirs, strict=True):
+                distance = distance + weight * (a.mean(0) - b.mean(0)).square().sum()
             embedded.append(theirs[-1])
             centres.append(ours[-1].mean(0))
         answers = torch.cat(embedded) @ torch.stack(centres).T  # [N, K]
-        return distance + self.settings.discrimination * F.cross_entropy(answers, labels)
+        return distance + self.settings.discrimination * F.cross_entropy(answers, labels, reduction="sum")
 
     def _features(self, theta: Tensor, images: Tensor) -> list[Tensor]:
         """What each activation gives, the embedding last. Each [n, F]"""

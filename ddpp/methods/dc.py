@@ -9,7 +9,7 @@ from ddpp import augment, models, seeds
 from ddpp.config import Config
 from ddpp.gpu import send
 from ddpp.methods import METHODS, Memory, Problem, Update
-from ddpp.methods._real import ByClass
+from ddpp.methods._real import ByClass, check_class_by_class
 from ddpp.models import flat
 from ddpp.models.flat import Layout
 from ddpp.ops import dsa_augment
@@ -36,7 +36,8 @@ class DC:
 
     @staticmethod
     def check(config: Config) -> None:
-        """Every configuration suits."""
+        """Refuses what :func:`check_class_by_class` does."""
+        check_class_by_class(config)
 
     def __init__(self, problem: Problem) -> None:
         config = problem.config

@@ -119,12 +119,12 @@ class DDPP:
         return int(order[step % count]), int(epoch)
 
     def _draw_batches(self, images: int, step: int) -> list[Tensor]:
-        """J batches that pass through a fresh permutation of the set again and again."""
+        """J batches that pass through fresh permutations of the set, of each the shorter one first (as MTT's code)."""
         settings = self.problem.config.distill
         draw = seeds.generator(self.problem.config.run.seed, "batches", step)
         batches: list[Tensor] = []
         while len(batches) < settings.inner_steps:
-            batches += torch.randperm(images, generator=draw).split(settings.batch or images)
+            batches += reversed(torch.randperm(images, generator=draw).split(settings.batch or images))
         batches = batches[: settings.inner_steps]
         return list(send(torch.cat(batches), self.problem.device).split([len(b) for b in batches]))
 

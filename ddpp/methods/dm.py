@@ -9,7 +9,7 @@ from ddpp import augment, models, seeds
 from ddpp.config import Config
 from ddpp.gpu import send
 from ddpp.methods import METHODS, Memory, Problem, Update
-from ddpp.methods._real import ByClass
+from ddpp.methods._real import ByClass, check_class_by_class
 from ddpp.ops import dsa_augment
 from ddpp.synthetic import Synthetic
 
@@ -28,7 +28,8 @@ class DM:
 
     @staticmethod
     def check(config: Config) -> None:
-        """Every configuration suits."""
+        """Refuses what :func:`check_class_by_class` does."""
+        check_class_by_class(config)
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.by_class = problem, ByClass(problem)
