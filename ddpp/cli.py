@@ -72,6 +72,7 @@ def run(
         arguments(parser)
     args = parser.parse_all(argv)
     try:
+        _check_text(args)
         config = _resolve(args, base(args), own, sections)
         load_plugins(config.run.plugins)
         keep_pages()
@@ -186,19 +187,37 @@ def _flag(section: str, name: str, own: str) -> str:
     return (name if bare else f"{section}_{name}").replace("_", "-")
 
 
+def _check_text(args: argparse.Namespace) -> None:
+    """Refuses names that a run could not remember."""
+    for value in vars(args).values():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            try:
+                str(text).encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{os.fsencode(text)!r} is no UTF-8 text; rename that file or folder") from None
+
+
 def _resolve(args: argparse.Namespace, base: Config | None, own: str, sections: tuple[str, ...]) -> Config:
     config = base or Config()
     if args.preset:
-        config = config.with_values(configuration.read_preset(args.preset), f"preset {args.preset}")
+        config = config.with_values(_taken(configuration.read_preset(args.preset), sections), f"preset {args.preset}")
         _check_dataset(args, config)
     if args.config:
-        config = config.with_values(configuration.read_toml(args.config), args.config)
+        values = configuration.read_toml(args.config)
+        config = config.with_values(_taken(values, sections), args.config)
+        if "model" not in sections and (left := [name for name in values if name in SECTIONS and name not in sections]):
+            print(f"of {args.config} not for this stage: [{'], ['.join(left)}]", file=sys.stderr)
     given = [(key.split("."), value) for key, value in vars(args).items() if "." in key]
     for (section, name), value in given:
         config = config.with_values({section: {name: value}}, f"--{_flag(section, name, own)}")
     # A run remembers where they are, not how they were called from the folder where it was begun.
     plugins = [str(Path(name).resolve()) if name.endswith(".py") else name for name in config.run.plugins]
     return config.with_values({"run": {"plugins": plugins}}, "--plugins")
+
+
+def _taken(values: dict[str, Any], sections: tuple[str, ...]) -> dict[str, Any]:
+    """The stage's own sections, since a file may hold those of all; what is no section at all is refused later."""
+    return {name: table for name, table in values.items() if name in sections or name not in SECTIONS}
 
 
 def _check_dataset(args: argparse.Namespace, preset: Config) -> None:

@@ -338,6 +338,7 @@ def _run_in(
     """Trains teachers that are missing, distils, evaluates and reports."""
     config, dataset, device = problem.config, problem.dataset, problem.device
     settings, method_class, began = config.distill, type(method), time.perf_counter()
+    runs.forget_peak_memory(device)
     try:
         trajectories = _trajectories(config, dataset, problem.network, device) if method.needs_teachers else []
     except UserError:
@@ -369,8 +370,9 @@ def _run_in(
         raise
     _save_result(state, config, dataset, problem.groups, folder)
     results = _evaluated(folder, problem, method, state, teachers_seconds)
-    runs.write_json(folder / "results.json", results)
-    report.write(folder)
+    report.write(folder, results)
+    runs.write_json(folder / "results.json", results)  # the last file: with it a run is finished
+    evaluate.forget_parts(folder)
     print(runs.accuracy_table(results))
     if state.undone or state.skipped:
         print(f"\n{report.steps_text(results['steps'])}")
@@ -382,6 +384,7 @@ def _evaluated(
 ) -> dict[str, Any]:
     """What ``results.json`` holds."""
     config, dataset, device = problem.config, problem.dataset, problem.device
+    own = method.accuracy(state.result) if isinstance(method, Predictor) else None
     began = time.perf_counter()
     results = evaluate.compare(config, dataset, folder, problem.groups, device)
     evaluate_seconds = time.perf_counter() - began
@@ -389,10 +392,9 @@ def _evaluated(
     taken = state.step - state.undone - state.skipped
     results["steps"] = {"taken": taken, "undone": state.undone, "skipped": state.skipped}
     results["peak_memory_mb"] = runs.peak_memory_mb(device)
-    if isinstance(method, Predictor):
-        name = config.distill.method
-        results["accuracy_of_method"] = method.accuracy(state.synthetic)
-        print(f"{name} itself, without a network: {results['accuracy_of_method']:.1f} % of the test images")
+    if own is not None:
+        results["accuracy_of_method"] = own
+        print(f"{config.distill.method} itself, without a network: {own:.1f} % of the test images")
     results["config"] = asdict(config)
     return results
 

@@ -9,8 +9,10 @@ import argparse
 import json
 import statistics
 import sys
+import threading
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
 _WITHOUT_POLICY = ("none", "dsa")  # augmentations that training itself knows
+_PARTS = "evaluated.jsonl"  # in a run folder: what single networks reached, while not all are done
 RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # searched, as DD-Ranking does (arXiv 2505.13300)
 
 
@@ -73,6 +76,7 @@ class Evaluation:
     ) -> None:
         self.config, self.dataset, self.groups, self.device, self.progress = config, dataset, groups, device, progress
         self.ledger, self.policy = ledger, policy
+        self._stopped = threading.Event()
 
     def augmented_by(self, name: str) -> Evaluation:
         """The same with another augmentation: ``none``, ``dsa`` or a policy."""
@@ -111,7 +115,7 @@ class Evaluation:
         """:meth:`network` for each of the arguments, or what the ledger has of it."""
         found, parts = [], [self._part(*job) if self.ledger else "" for job in jobs]
         calls = [partial(self._kept_or_trained, part, job) for part, job in zip(parts, jobs, strict=True)]
-        for part, tested in zip(parts, training.side_by_side(calls, self.device), strict=True):
+        for part, tested in zip(parts, training.side_by_side(calls, self.device, self._stopped.set), strict=True):
             if self.ledger:
                 self.ledger.add(part, tested)
             found.append(tested)
@@ -127,6 +131,8 @@ class Evaluation:
         return Scores(*kept)
 
     def _advance(self, images: int) -> None:
+        if self._stopped.is_set():
+            raise CancelledError  # of a network whose accuracy nobody will ask for
         with self.progress.get_lock():  # networks train in threads
             self.progress.update(images)
 
@@ -293,10 +299,9 @@ def compare(
     about |= {"plugins": of_plugins} if (of_plugins := registry.plugins()) else {}
     images = len(names) * _images_trained_on(config, dataset, candidates)
     with runs.alone(folder, "evaluate"), training.images_bar("evaluate", images) as progress:
-        ledger = runs.Ledger(folder / "evaluated.jsonl", about)
+        ledger = runs.Ledger(folder / _PARTS, about)
         evaluation = Evaluation(config, dataset, groups, device, progress, ledger)
         tables = {model: _table(evaluation, model, candidates) for model in names}
-        ledger.close()
     protocol = {"select": settings.select, "networks": settings.networks, "ddof": 1, "epochs": settings.epochs}
     if settings.search_lr:
         protocol["searched_on"] = "held-out" if len(dataset.val_labels) else "test"
@@ -304,6 +309,11 @@ def compare(
     if settings.augmentations:
         results["robustness"] = {model: robustness(table, settings.augmentations) for model, table in tables.items()}
     return results
+
+
+def forget_parts(folder: Path) -> None:
+    """Removes what :func:`compare` kept of single networks, once its results are written."""
+    (folder / _PARTS).unlink(missing_ok=True)
 
 
 def _images_trained_on(config: Config, dataset: Dataset, candidates: list[Path]) -> int:
@@ -341,8 +351,9 @@ def _table(evaluation: Evaluation, model: str, candidates: list[Path]) -> dict[s
         table |= {f"{method}/{part}": entry(best[part]) for part in parts}
     if settings.search_lr:
         searched = evaluation.searched(model, chosen)
-        table["random/searched"] = _summary(searched.random)
-        table[f"{method}/searched"] = {**_summary(searched.distilled), "lr": searched.lr}
+        table["random/searched"] = {**_summary(searched.random), "lr": searched.lr}
+        if method != "random":
+            table[f"{method}/searched"] = {**_summary(searched.distilled), "lr": searched.lr}
     for name in settings.augmentations:
         other = evaluation.augmented_by(name)
         table[f"random/{name}"] = _summary(other.random(model, ipc, learned))
@@ -414,6 +425,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     runs.check_same_data(folder, meta, dataset.fingerprint)
     results = compare(config, dataset, folder, augment.groups_for(config.augment.strategy, dataset.strategy), device)
     runs.write_json(folder / "evaluation.json", {**results, "config": asdict(config)})
+    forget_parts(folder)
     print(runs.accuracy_table(results))
     print(f"\nwritten: {folder}/evaluation.json")
 

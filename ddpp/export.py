@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,8 +50,10 @@ def export(folder: Path, to: Path) -> None:
     transform = synthetic.transform_of(path)
     tensors = {"images": held.images, "labels": held.labels, "lr": held.step_size, "transform": transform}
     for name, value in tensors.items():
+        written = io.BytesIO()  # a full disk is an error of its own to torch
+        torch.save(value, written)
         with runs.replacing(to / f"{name}.pt") as temporary:
-            torch.save(value, temporary)
+            temporary.write_bytes(written.getbuffer())
     if _can_be_shown(held):
         data.pictures.write(to / "pixels", data.to_pixels_from(transform, held.images), meta["classes"])
     runs.write_text(to / "README.md", _text(held, meta, "whiten" in transform))

@@ -141,7 +141,7 @@ def outer_step(config: Config, device: torch.device) -> tuple[Call, Step, dict[s
             images.step_size,
             batches,
             list(drawn.to(device)),
-            settings.epsilon,
+            settings.epsilon or None,
             settings.engine,
             fused=fused,
             step=step,

@@ -25,16 +25,12 @@ from ddpp.config import Config
 COLUMNS, ROWS = 20, 10  # of the picture of the images
 
 
-def write(folder: Path) -> None:
-    """Writes ``images.png``, ``curves.png`` and ``report.md`` from the run's results, log and snapshots.
-
-    Raises:
-        UserError: the run has no results yet.
-    """
-    results = runs.read_json(folder / "results.json", "the run is not finished; continue it with --resume")
+def write(folder: Path, results: dict[str, Any]) -> None:
+    """Writes ``images.png``, ``curves.png`` and ``report.md`` from the results and the run's other files."""
     held, meta = synthetic.load(folder / "synthetic.safetensors")
     _draw_images(folder, held.images, meta["classes"])
-    _draw_curves(runs.read_log(folder / "log.jsonl"), folder / "curves.png")
+    log = folder / "log.jsonl"
+    _draw_curves(runs.read_log(log) if log.is_file() else [], folder / "curves.png")
     runs.write_text(folder / "report.md", _text(results, synthetic.size_text(meta)))
 
 
@@ -127,7 +123,9 @@ def steps_text(steps: dict[str, int]) -> str:
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:
-    write(Path(args.folder))
+    folder = Path(args.folder)
+    results = runs.read_json(folder / "results.json", "the run is not finished; continue it with --resume")
+    write(folder, results)
     print(f"written: {args.folder}/report.md, images.png, curves.png")
 
 

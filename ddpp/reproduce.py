@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import statistics
@@ -27,9 +28,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ddpp import cli, compare, distill, runs
+from ddpp import cli, compare, data, distill, runs
 from ddpp import config as configuration
-from ddpp.config import Config
+from ddpp.config import Config, DataConfig
 from ddpp.errors import UserError
 from ddpp.methods import METHODS
 
@@ -107,6 +108,7 @@ def reproduce(target: Table, cells: Sequence[Cell], config: Config, budget: str,
             continue
         if (cell.folder / "config.toml").is_file():
             runs.check_same_run(cell.folder, wanted[cell], _MAY_DIFFER)
+            _check_data(cell, wanted[cell])
     began, total = time.perf_counter(), sum(cell.results is None for cell in wanted)
     tried: set[Cell] = set()
     waiting = False
@@ -128,17 +130,32 @@ def reproduce(target: Table, cells: Sequence[Cell], config: Config, budget: str,
     return failed
 
 
+def _check_data(cell: Cell, settings: Config) -> None:
+    """Refuses a finished run of other data where --data-root names another place than its own."""
+    saved = runs.saved_config(cell.folder)
+    if cell.results and saved.data.data_root != settings.data.data_root:
+        runs.check_same_data(cell.folder, runs.read_json(cell.folder / "data.json"), _fingerprint(settings.data))
+
+
+@functools.cache
+def _fingerprint(settings: DataConfig) -> str:
+    return data.load(settings).fingerprint
+
+
 def _headline(cell: Cell, done: int, total: int, seconds: float) -> str:
     remaining = f", about {seconds / done * (total - done) / 60:.0f} min left" if done else ""
     return f"\n[{done + 1}/{total}] {cell.name}{remaining}"
 
 
 def _in_use(cell: Cell) -> bool:
-    """Whether another process runs it."""
+    """Whether another process runs or evaluates it."""
     if not cell.folder.is_dir():
         return False
-    with runs.claimed(runs.lock_of(cell.folder, "distill")) as ours:
-        return not ours
+    with (
+        runs.claimed(runs.lock_of(cell.folder, "distill")) as to_run,
+        runs.claimed(runs.lock_of(cell.folder, "evaluate")) as to_evaluate,
+    ):
+        return not (to_run and to_evaluate)
 
 
 def _configuration(target: Table, cell: Cell, config: Config, budget: str, given: Given) -> Config:

@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import warnings
@@ -28,6 +29,7 @@ from ddpp.config import SECTIONS, Config
 from ddpp.errors import UserError
 
 TEMPORARY = ".partial-"
+_FIRST_FILES = {"config.toml", "data.json"}  # of a run folder
 #: Options of the machine: a run may go on with others, though not to the same bytes.
 OF_THE_MACHINE = ("run.device", "run.threads", "run.plugins", "run.cuda_graphs", "data.data_root", "data.download")
 
@@ -320,9 +322,12 @@ def open_folder(path: Path, config: Config, data: dict[str, Any], *, resume: boo
     if not (path / "config.toml").is_file():
         if resume:
             raise UserError(f"{path} holds no run to resume")
-        if path.exists() and (not path.is_dir() or _contents(path)):
+        # Another process may be writing the first two files just now.
+        if path.exists() and (not path.is_dir() or _contents(path) - _FIRST_FILES):
             raise UserError(f"{path} exists and is not a run folder. Choose another --out.")
     with alone(path, "distill"):
+        for left in path.glob(f"{TEMPORARY}*"):
+            left.unlink(missing_ok=True)
         _check_folder(path, config, data, resume)
         write_text(path / "config.toml", config.to_toml())
         write_json(path / "data.json", data)
@@ -342,7 +347,9 @@ def _check_folder(path: Path, config: Config, data: dict[str, Any], resume: bool
 
 
 def _contents(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir()} - {lock_of(folder, "distill").name}
+    """What stands there, but for locks and what a process that was killed has left of a file."""
+    names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(TEMPORARY)}
+    return names - {lock_of(folder, "distill").name}
 
 
 def saved_config(folder: Path) -> Config:
@@ -359,7 +366,7 @@ def saved_config(folder: Path) -> Config:
 
 def discard(folder: Path) -> None:
     """Removes a run folder that holds no more than :func:`open_folder` wrote."""
-    if _contents(folder) == {"config.toml", "data.json"}:
+    if _contents(folder) == _FIRST_FILES:
         shutil.rmtree(folder)
 
 
@@ -455,10 +462,25 @@ def figure_text(figures: dict[str, Any] | None) -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far: of this process, or of torch's allocations on a CUDA device."""
+    """Peak memory since :func:`forget_peak_memory`, of this process or of torch's allocations on a CUDA device.
+
+    Of a process whose system cannot forget, since it began.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Begins a new peak for :func:`peak_memory_mb`, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM alone; see proc(5)
 
 
 def _unwritable(path: Path, error: OSError) -> Unwritable:
@@ -471,5 +493,8 @@ def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # as of file systems that sync no folders
+            raise
     finally:
         os.close(handle)

@@ -7,12 +7,13 @@ DC (arXiv 2006.05929). Networks that are done stand in ``search.json``: a search
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
+from ddpp import augment, cli, data, models, registry, runs, seeds, synthetic, training
 from ddpp.config import Config, ModelConfig
 from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
 from ddpp.gpu import graphs_for
+from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
 PROXIES = ("distilled", "random", "full")
@@ -81,7 +83,8 @@ def search(
         "full": (dataset.train_images, dataset.train_labels, many),
     }
     path = folder / "search.json"
-    done = _begun(path, candidates, settings)
+    about = _about(config, dataset, distilled)
+    done = _begun(path, candidates, about)
     of_each = sum(recipe.epochs * len(labels) for _, labels, recipe in sets.values())
     bar = training.images_bar("search", len(candidates) * of_each, done=len(done) * of_each)
     with runs.Interruption() as interruption, bar:
@@ -90,10 +93,10 @@ def search(
             for proxy, (images, labels, recipe) in sets.items():
                 row[proxy] = _trained(config, dataset, model, images, labels, recipe, device, bar.update)
             done.append(row)
-            runs.write_json(path, {"protocol": _protocol(settings), "networks": done})
+            runs.write_json(path, {"about": about, "protocol": _protocol(settings), "networks": done})
             if interruption.signal is not None:
                 raise runs.Stopped(f"stopped after {len(done)} of {len(candidates)} networks", interruption.signal)
-    result = {"protocol": _protocol(settings), "networks": done, **_summary(done)}
+    result = {"about": about, "protocol": _protocol(settings), "networks": done, **_summary(done)}
     runs.write_json(path, result)
     return result
 
@@ -162,14 +165,22 @@ def _summary(done: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _begun(path: Path, candidates: Sequence[ModelConfig], settings: Any) -> list[dict[str, Any]]:
+def _about(config: Config, dataset: Dataset, distilled: Synthetic) -> str:
+    """A digest of all that a network's figures depend on beside its own options."""
+    same = replace(config, data=replace(config.data, data_root="", download=False))
+    of_set = [t.cpu().numpy().tobytes() for t in (distilled.images, distilled.labels, distilled.step_size)]
+    words = json.dumps([asdict(same), dataset.fingerprint, registry.plugins()])
+    return hashlib.sha256(b"".join([words.encode(), *of_set])).hexdigest()
+
+
+def _begun(path: Path, candidates: Sequence[ModelConfig], about: str) -> list[dict[str, Any]]:
     """What an earlier search of the same networks by the same recipe has done."""
     if not path.is_file():
         return []
     held = runs.read_json(path)
     rows: list[dict[str, Any]] = held["networks"]
     same = all(row["model"] == _options(model) for row, model in zip(rows, candidates, strict=False))
-    if held["protocol"] != _protocol(settings) or not same or len(rows) > len(candidates):
+    if held.get("about") != about or not same or len(rows) > len(candidates):
         return []
     return rows
 
@@ -210,6 +221,10 @@ def _table(result: dict[str, Any]) -> str:
 
 def _run(config: Config, args: argparse.Namespace) -> None:
     folder = Path(args.folder)
+    if not config.evaluate.full_epochs:
+        raise UserError(
+            "a search ranks beside all real images: give --full-epochs above 0, which the run was made with"
+        )
     dataset = data.load(config.data)
     runs.check_same_data(folder, synthetic.load(folder / "synthetic.safetensors")[1], dataset.fingerprint)
     usual = models.describe(replace(config.model, model="convnet", depth=None), dataset.shape)["depth"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,22 +143,27 @@ def start_from_teachers(
     """
     if init != "correct" and labels != "soft":
         return first
-    ends = [t.rows(t.epochs, t.epochs)[0].to(first.images.device) for t in teachers]
+
+    def ends() -> Iterator[Tensor]:  # one at a time: together they may not fit
+        return (t.rows(t.epochs, t.epochs)[0].to(first.images.device) for t in teachers)
+
     images = first.images
     if init == "correct":
-        images = _correct_images(first, dataset, network, ends, seed)
+        images = _correct_images(first, dataset, network, ends(), seed)
     if labels != "soft":
         return replace(first, images=images)
     of_all, of_right = torch.zeros(2, len(images), len(dataset.classes), device=images.device)
     count = torch.zeros(len(images), 1, device=images.device)
-    for end in ends:
+    for end in ends():
         answers = _answers(network, end, images)
         right = (answers.argmax(1) == first.labels)[:, None]
         of_all, of_right, count = of_all + answers, of_right + answers * right, count + right
-    return replace(first, images=images, labels=torch.where(count > 0, of_right / count, of_all / len(ends)))
+    return replace(first, images=images, labels=torch.where(count > 0, of_right / count, of_all / len(teachers)))
 
 
-def _correct_images(first: Synthetic, dataset: Dataset, network: nn.Module, ends: list[Tensor], seed: int) -> Tensor:
+def _correct_images(
+    first: Synthetic, dataset: Dataset, network: nn.Module, ends: Iterator[Tensor], seed: int
+) -> Tensor:
     """[N, C, H, W]"""
     ipc, device = len(first.images) // len(dataset.classes), first.images.device
     chosen: list[list[int]] = [[] for _ in dataset.classes]

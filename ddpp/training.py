@@ -106,7 +106,8 @@ def fit(
     """
     _check_labels(model, images, labels)
     model.to(device).train()
-    images, labels = images.to(device), labels.to(device)
+    kind = next(model.parameters()).dtype if labels.is_floating_point() else labels.dtype
+    images, labels = images.to(device), labels.to(device, kind)
     gradients = _gradients(model, device, fused, tile, graphs)
     optimizer = _sgd(gradients.parameters, recipe, recipe.rate(start.epochs))
     _set_velocity(optimizer, gradients.parameters, start.velocity)
@@ -157,10 +158,13 @@ def skip(bar: tqdm[NoReturn], images: int) -> None:
         bar.refresh()
 
 
-def side_by_side(calls: Sequence[Callable[[], Result]], device: torch.device) -> Iterator[Result]:
+def side_by_side(
+    calls: Sequence[Callable[[], Result]], device: torch.device, stop: Callable[[], object]
+) -> Iterator[Result]:
     """The results of calls that train or test a network each, in their order.
 
-    On a CPU a call has a thread: they need not wait for each other, as threads within an operator do.
+    On a CPU a call has a thread: they need not wait for each other, as threads within an operator do. Where not all
+    results are taken, as after Ctrl-C, ``stop`` is called, upon which the calls that have begun should end.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or min(threads, len(calls)) <= 1:
@@ -170,6 +174,9 @@ def side_by_side(calls: Sequence[Callable[[], Result]], device: torch.device) ->
     torch.set_num_threads(1)  # also of the threads that begin from now on
     try:
         yield from pool.map(lambda call: call(), calls)
+    except BaseException:
+        stop()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
@@ -283,8 +290,12 @@ def _set_velocity(optimizer: torch.optim.SGD, parameters: list[nn.Parameter], ve
 
 
 def _velocity(optimizer: torch.optim.SGD, parameters: list[nn.Parameter]) -> Tensor | None:
+    """Of all parameters; of those that never had a gradient it is 0."""
     parts = [optimizer.state[p].get("momentum_buffer") for p in parameters]
-    return None if parts[0] is None else torch.cat([part.flatten() for part in parts])
+    if all(part is None for part in parts):
+        return None
+    pairs = zip(parameters, parts, strict=True)
+    return torch.cat([torch.zeros_like(p).flatten() if part is None else part.flatten() for p, part in pairs])
 
 
 def _epochs(

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from ddpp.errors import UserError
 
 try:
     import torchvision
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
 except (ImportError, RuntimeError) as reason:
     WHY_NO_TORCHVISION = f"torchvision cannot be imported: {reason}"
     torchvision = None
@@ -192,6 +193,15 @@ def test_a_cache_folder_that_cannot_be_written_is_no_obstacle(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert data.load(DataConfig(zca=True)).preprocessing == "zca"
     assert "not cached" in capsys.readouterr().out
+
+
+def test_what_has_no_home_keeps_things_where_temporary_files_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert data.base.cache_folder() == Path(tempfile.gettempdir()) / "ddpp"
 
 
 def test_a_long_fit_is_said_once(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -468,6 +478,7 @@ def rename(tree: Path) -> None:
         (lambda t: cut(t / "train" / "dog" / "3.png"), r"cannot read the image .*dog/3\.png"),
         (lambda t: deep(t / "train" / "dog" / "3.png"), r"3\.png has more than 8 bits a channel"),
         (lambda t: [remove(d) for d in t.glob("*/*")], "train: .*cat, dog"),
+        (lambda t: bloated(t / "train" / "cat" / "0.png"), r"cannot read the image .*0\.png: .*Replace or remove"),
         (
             lambda t: save_image(t / "train" / "cat" / "0.png", np.zeros((6, 5, 3))),
             r"0\.png is 5x6 pixels, but must be square",
@@ -482,6 +493,13 @@ def test_a_damaged_folder_is_named(tree: Path, damage: Callable[[Path], object],
 
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
+
+
+def bloated(path: Path) -> None:
+    """With more text beside the picture than Pillow takes."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("note", "x" * 2**21, zip=True)
+    Image.fromarray(np.zeros((6, 6, 3), dtype=np.uint8)).save(path, pnginfo=text)
 
 
 def deep(path: Path) -> None:

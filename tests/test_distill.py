@@ -385,9 +385,10 @@ def test_report_is_made_from_files_alone(finished: Path, capsys: pytest.CaptureF
     assert "not finished" in capsys.readouterr().err
 
 
-def test_a_report_needs_no_snapshots(finished: Path, tmp_path: Path) -> None:
+def test_a_report_needs_no_snapshots_and_no_log(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "snapshots")
+    (tmp_path / "run" / "log.jsonl").unlink()
     assert report.main([str(tmp_path / "run")]) == 0
     there, here = (plt.imread(folder / "images.png") for folder in (finished, tmp_path / "run"))
     assert here.shape[1] == there.shape[1] and here.shape[0] < there.shape[0]  # the result alone
@@ -427,6 +428,63 @@ def test_an_evaluation_that_was_cut_goes_on(finished: Path, monkeypatch: pytest.
     # with DSA, as the plain ones are, and without.
     assert not evaluated(most=9)
     assert evaluated(10_000, "--models", "alexnet", "convnet", "--networks", "1", "--full-epochs", "0") and trained == 4
+
+
+def test_an_evaluation_ends_at_ctrl_c(finished: Path) -> None:
+    """Networks in training on threads end too."""
+    argv = [str(finished), "--networks", "4", "--epochs", "1000000", "--full-epochs", "0", "--threads", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "ddpp.evaluate", *argv], stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    while b"images/s" not in process.stderr.read(100):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and b"ddpp.evaluate: stopped" in error
+
+
+def test_a_run_is_finished_when_all_its_files_are_there(
+    teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut between its evaluation and its last file, it goes on without training a network again."""
+    out = tmp_path / "run"
+
+    def cut(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "write", cut)
+    assert distill.main([*TOY, "--teachers-folder", str(teachers), "--out", str(out)]) == 130
+    assert not (out / "results.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluate.Evaluation, "network", lambda *_: pytest.fail("it is done"))
+    assert distill.main(["--out", str(out), "--resume"]) == 0
+    assert all((out / name).is_file() for name in FILES) and not (out / "evaluated.jsonl").exists()
+
+
+def test_a_searched_rate_of_random_images_is_of_a_draw_a_network(tmp_path: Path) -> None:
+    options = [
+        "--method",
+        "random",
+        "--evaluate-search-lr",
+        "--evaluate-full-epochs",
+        "0",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    assert distill.main([*TOY, *options]) == 0
+    found = json.loads((tmp_path / "a" / "results.json").read_text())["accuracy"]
+    assert list(found) == ["random", "random/searched", "full"] and found["random/searched"]["lr"] in evaluate.RATES
+    dm = [
+        *TOY,
+        "--method",
+        "dm",
+        *options[2:-1],
+        str(tmp_path / "b"),
+        "--evaluate-lr",
+        str(found["random/searched"]["lr"]),
+    ]
+    assert distill.main(dm) == 0
+    same = json.loads((tmp_path / "b" / "results.json").read_text())["accuracy"]["random"]
+    assert found["random/searched"]["networks"] == same["networks"]
 
 
 def test_a_run_whose_teachers_do_not_fit_leaves_no_folder(

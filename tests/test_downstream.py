@@ -255,7 +255,7 @@ def test_a_search_ranks_and_goes_on_where_it_was_cut(
     assert search.main(argv) == 0
     result = json.loads((finished / "search.json").read_text())
     assert len(result["networks"]) == 4 and -1 <= result["rank_correlation"]["distilled"] <= 1
-    held = {"protocol": result["protocol"], "networks": result["networks"][:3]}
+    held = {**result, "networks": result["networks"][:3]}
     (finished / "search.json").write_text(json.dumps(held))
     trained = []
     plain = search._trained
@@ -267,8 +267,40 @@ def test_a_search_ranks_and_goes_on_where_it_was_cut(
         row["full"]["accuracy"] for row in result["networks"]
     ]
     assert "ranked by" in capsys.readouterr().out
+    for other in (["--seed", "1"], ["--momentum", "0.9"]):  # is another search
+        trained.clear()
+        assert search.main([*argv, *other]) == 0 and len(trained) == 12
+    assert search.main([*argv, "--full-epochs", "0"]) == 2
+    assert "a search ranks beside all real images: give --full-epochs above 0" in capsys.readouterr().err
     assert [bar.n for bar in bars] == [bar.total for bar in bars]
     assert search.main([str(finished), "--depths", "9"]) == 2
     assert "depth" in capsys.readouterr().err
     assert search.main([str(finished), "--widths", "0"]) == 2
     assert "a network of the grid: model.width must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_stage_takes_its_own_sections_of_a_file_or_preset(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a run is, it says itself."""
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "all.toml").write_text("[distill]\nmethod = 'ddpp'\nipc = 20\n[evaluate]\nnetworks = 2\n")
+    argv = [str(tmp_path / "run"), "--full-epochs", "0", "--epochs", "2"]
+    assert evaluate.main([*argv, "--config", str(tmp_path / "all.toml")]) == 0
+    assert "all.toml not for this stage: [distill]" in capsys.readouterr().err
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert list(found["accuracy"]) == ["random", "dm", "full"] and len(found["accuracy"]["dm"]["networks"]) == 2
+    assert found["config"]["distill"]["ipc"] == 1
+    assert evaluate.main([*argv, "--preset", "mtt-digits-quick", "--networks", "1"]) == 0
+    assert "| dm |" in capsys.readouterr().out
+    (tmp_path / "all.toml").write_text("[distil]\nipc = 20\n")
+    assert evaluate.main([*argv, "--config", str(tmp_path / "all.toml")]) == 2
+    assert "unknown section [distil]" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    out = os.fsencode(tmp_path) + b"/caf\xe9"
+    argv = [sys.executable, "-m", "ddpp.distill", *TOY, "--out"]
+    ended = subprocess.run([*map(os.fsencode, argv), out], capture_output=True)
+    assert ended.returncode == 2 and ended.stderr.count(b"\n") == 1
+    assert b"is no UTF-8 text; rename that file or folder" in ended.stderr

@@ -1,6 +1,8 @@
 """Sets that come from elsewhere and sets that go there: the same images, labels and figures on both sides."""
 
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,19 @@ def test_an_export_overwrites_nothing(run: Path, exported: Path, capsys: pytest.
     assert "exists and is not empty. Choose another --to." in capsys.readouterr().err
     assert export.main([str(exported), "--to", str(exported / "new")]) == 2
     assert "there is no synthetic set at" in capsys.readouterr().err
+
+
+def test_an_export_onto_a_full_disk_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real write that fails in the middle."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    try:
+        assert export.main([str(run), "--to", str(tmp_path / "to")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "cannot write" in capsys.readouterr().err and not list((tmp_path / "to").glob("*.pt"))
 
 
 def test_a_folder_of_pictures_comes_in(run: Path, exported: Path, digits: Dataset, tmp_path: Path) -> None:
@@ -298,6 +313,8 @@ def test_a_set_that_does_not_fit_is_one_line(
     np.save(tmp_path / "names.npy", np.array(["a", "b"]))
     (tmp_path / "text.npy").write_text("no array")
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
+    (tmp_path / "odd.pt").write_bytes(b"a.")  # takes from a stack that is empty
+    (tmp_path / "open.npy").write_bytes(b"\x93NUMPY\x01\x00\x0b\x00{'descr': (")
     cases: list[tuple[list[str], str]] = [
         ([str(tmp_path / "none.pt")], "cannot read"),
         ([str(text)], "Give files that torch.save wrote."),
@@ -308,6 +325,8 @@ def test_a_set_that_does_not_fit_is_one_line(
         ([str(tmp_path / "names.npy")], "Give numbers that numpy wrote, without objects."),
         ([str(tmp_path / "text.npy")], "Give numbers that numpy wrote, without objects."),
         ([str(tmp_path / "cut.npz")], "Give numbers that numpy wrote, without objects."),
+        ([str(tmp_path / "odd.pt")], "Give files that torch.save wrote."),
+        ([str(tmp_path / "open.npy")], "Give numbers that numpy wrote, without objects."),
         ([images, images, images], "step size must be one number, got [20, 1, 8, 8]"),
         ([file("model.pt", torch.nn.Linear(2, 2))], "Give files that torch.save wrote."),
         ([file("state.pt", {"weight": torch.zeros(2)})], "holds a dict where a tensor"),

@@ -154,6 +154,27 @@ def test_numbers_that_are_not_finite_come_back(problem: Problem) -> None:
     assert not torch.isfinite(METHODS.get("kip")(problem).update(broken, 0, {}).loss)
 
 
+def test_the_accuracy_of_the_regression_is_that_of_the_saved_set(tmp_path: Path) -> None:
+    """Where the images' average is saved, not of the last ones."""
+    options = [
+        "--kip-kernel",
+        "fc",
+        "--steps",
+        "20",
+        "--lr-pixels",
+        "50",
+        "--ema",
+        "0.9",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert distill.main([*TOY, *options]) == 0
+    found, _ = synthetic.load(tmp_path / "run" / "synthetic.safetensors")
+    dataset = data.load(config.DataConfig(dataset="digits"))
+    told = json.loads((tmp_path / "run" / "results.json").read_text())["accuracy_of_method"]
+    assert told == kip.accuracy_of_krr(WideNetwork("fc", 2), found, dataset, 1e-6)
+
+
 def test_the_whole_job_and_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert distill.main([*TOY, "--out", str(tmp_path / name)]) == 0

@@ -74,3 +74,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     text = capsys.readouterr().out
     assert "| time | ms | share |" in text and "digits, 1 images a class, 3 inner steps" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert profile.main([*TOY, "--method", "mtt", "--prune", "none", "--epsilon", "0", "--out", str(picture)]) == 0

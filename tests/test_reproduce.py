@@ -27,6 +27,14 @@ TINY = {
 }
 
 
+def pictures(root: Path, seed: int) -> str:
+    """A folder of images of two classes."""
+    draw = torch.Generator().manual_seed(seed)
+    for part in ("train", "test"):
+        data.pictures.write(root / part, torch.rand(40, 3, 8, 8, generator=draw), ["cat", "dog"])
+    return str(root)
+
+
 def figure(mean: float) -> dict[str, Any]:
     return {"mean": mean, "std": 1.5, "networks": [mean - 1.5, mean + 1.5]}
 
@@ -35,6 +43,19 @@ def finished(folder: Path, table: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
     results = {"accuracy": table, "models": {"convnet": table}, "protocol": {"networks": 2}, "seconds": {"distill": 60}}
     runs.write_json(folder / "results.json", results)
+
+
+def test_a_finished_run_of_other_images_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reproduce, "QUICK", TINY)
+    here, copy, other = (pictures(tmp_path / name, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    argv = ["table1", "--dataset", "folder", "--methods", "random", "--ipc", "1", "--out", str(tmp_path / "table")]
+    assert reproduce.main([*argv, "--data-root", here]) == 0
+    monkeypatch.setattr(distill, "main", lambda argv: pytest.fail("it is there"))
+    assert reproduce.main([*argv, "--data-root", copy]) == 0
+    assert reproduce.main([*argv, "--data-root", other]) == 2
+    assert "was distilled from other data than its data set holds now" in capsys.readouterr().err
 
 
 def test_a_table_is_run_once(
@@ -171,7 +192,8 @@ def test_processes_share_a_table(
 
     def begun_elsewhere(name: str) -> None:
         folders[name].mkdir()
-        assert elsewhere.enter_context(runs.claimed(runs.lock_of(folders[name], "distill")))
+        stage = "distill" if name == "dm" else "evaluate"
+        assert elsewhere.enter_context(runs.claimed(runs.lock_of(folders[name], stage)))
 
     def main(argv: list[str]) -> int:
         out = Path(argv[argv.index("--out") + 1])

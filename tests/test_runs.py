@@ -3,9 +3,12 @@
 import errno
 import fcntl
 import json
+import mmap
 import os
 import shutil
 import signal
+import stat
+import sys
 import threading
 from pathlib import Path
 
@@ -132,6 +135,52 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     (tmp_path / "foreign" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="is not a run folder"):
         opened(tmp_path / "foreign", config, data, resume=False)
+
+
+def test_what_a_killed_process_left_keeps_nobody_out(tmp_path: Path) -> None:
+    folder, config, data = tmp_path / "run", Config(), {"fingerprint": "a"}
+    folder.mkdir()
+    (folder / f"{runs.TEMPORARY}config-x.toml").write_text("[da")
+    assert opened(folder, config, data, resume=False) == folder
+    (folder / f"{runs.TEMPORARY}checkpoint-x.safetensors").write_bytes(b"half")
+    assert opened(folder, config, data, resume=True) == folder
+    assert {path.name for path in folder.iterdir()} == {"config.toml", "data.json"}
+
+
+def test_two_that_begin_at_once_see_a_run_in_use(tmp_path: Path) -> None:
+    """The second may come upon the first one's files before or after they are whole."""
+    folder, config, data = tmp_path / "run", Config(), {"fingerprint": "a"}
+    with runs.alone(folder, "distill"):
+        for name in ("data.json", f"{runs.TEMPORARY}config-x.toml"):
+            (folder / name).write_text("{}")
+            with pytest.raises(runs.InUse):
+                opened(folder, config, data, resume=False)
+
+
+def test_a_peak_of_memory_can_be_forgotten() -> None:
+    cpu = torch.device("cpu")
+    runs.forget_peak_memory(cpu)
+    before = runs.peak_memory_mb(cpu)
+    with mmap.mmap(-1, 160_000_000) as held:  # past the allocator, which may have as much that it does not give back
+        held.write(b"x" * len(held))
+    grown = runs.peak_memory_mb(cpu)
+    runs.forget_peak_memory(cpu)
+    assert grown > before + 100
+    if sys.platform == "linux":
+        assert runs.peak_memory_mb(cpu) < grown - 100
+
+
+def test_a_file_system_that_syncs_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def files_alone(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    runs.write_text(tmp_path / "a.txt", "whole")
+    assert (tmp_path / "a.txt").read_text() == "whole"
 
 
 def test_a_run_goes_on_with_the_same_data_wherever_they_are(tmp_path: Path) -> None:

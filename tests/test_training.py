@@ -199,6 +199,40 @@ def test_a_training_that_was_cut_goes_on_to_the_same_bytes(momentum: float, batc
         assert torch.equal(flat.flatten(model), kept[-1][0])
 
 
+class Spare(Network):
+    """A network with a parameter that no image reaches."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__(torch.nn.Flatten(), 8 * 8, 3)
+        spare = torch.nn.Parameter(torch.ones(3))
+        if first:
+            self.spare = spare
+        else:
+            self.last = torch.nn.ParameterList([spare])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_parameter_without_a_gradient_is_no_obstacle(first: bool) -> None:
+    recipe, (images, labels), kept = Recipe(4, lr=0.05, momentum=0.9, batch=8), examples(), []
+    options = {"seed": 1, "device": CPU, "groups": ()}
+    whole = Spare(first)
+    begin = flat.flatten(whole)
+    training.fit(whole, images, labels, recipe, **options, on_epoch=lambda at: kept.append((flat.flatten(whole), at)))
+    assert not torch.equal(kept[0][0], begin)
+    for theta, standing in kept:
+        model = Spare(first)
+        flat.load_flat_(model, theta)
+        training.fit(model, images, labels, recipe, **options, start=standing)
+        assert torch.equal(flat.flatten(model), kept[-1][0])
+
+
+def test_soft_labels_may_be_doubles() -> None:
+    soft = torch.nn.functional.one_hot(examples()[1], 3).double()
+    recipe = Recipe(1, lr=0.05, batch=8)
+    ends = [trained(recipe, of_type) for of_type in (soft, soft.float())]
+    assert torch.equal(*ends)
+
+
 def test_accuracy_is_a_share_in_percent_and_leaves_the_mode() -> None:
     model, (images, labels) = network(), examples()
     answers = model(images).argmax(1)

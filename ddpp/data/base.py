@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,11 @@ DATASETS: Registry[Reader] = Registry("data set")
 
 def cache_folder() -> Path:
     """Where what can be computed again is kept; the user may empty it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpp"
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "ddpp"
+    except RuntimeError:  # nobody's home, as in a container
+        return Path(tempfile.gettempdir()) / "ddpp"
 
 
 def library(module: str) -> Any:

@@ -164,7 +164,7 @@ def _mode(path: str) -> str:
     try:
         with pillow.open(path) as image:
             return str(image.mode)
-    except (OSError, SyntaxError, pillow.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError):
         return ""
 
 
@@ -176,7 +176,9 @@ def _read(path: str, image_size: int | None, mode: str) -> NDArray[np.uint8]:
             if image.mode[0] in "IF":
                 raise UserError(f"{path} has more than 8 bits a channel. Convert it to an 8-bit image.")
             image = image.convert(mode)
-    except (OSError, SyntaxError, pillow.DecompressionBombError) as e:
+    except UserError:  # a ValueError, as Pillow raises them too
+        raise
+    except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as e:
         raise UserError(f"cannot read the image {path}: {e}. Replace or remove the file.") from e
     if image_size and image.size != (image_size, image_size):
         image = transforms.center_crop(transforms.resize(image, image_size), image_size)

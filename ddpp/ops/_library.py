@@ -121,8 +121,10 @@ def _check_isa() -> None:
     wanted = os.environ.get("DDPP_CPU_ISA")
     if wanted is None or status["_cpu"] != "loaded":
         return
-    from ddpp import _info
-
+    try:
+        from ddpp import _info
+    except ImportError:  # built for another Python, as the library need not be
+        return
     if wanted not in _info.supported_isas():
         warnings.warn(
             f"ddpp: DDPP_CPU_ISA={wanted} is not one of {', '.join(_info.supported_isas())}; "
