@@ -271,10 +271,6 @@ class Ledger:
         except OSError as e:
             raise _unwritable(self.path, e) from e
 
-    def close(self) -> None:
-        """The computation is complete: nothing needs to be kept."""
-        self.path.unlink(missing_ok=True)
-
 
 class Interruption:
     """Within the block, Ctrl-C and SIGTERM set ``signal`` instead of ending the process; a second one ends it."""

@@ -263,7 +263,7 @@ def test_an_evaluation_of_another_plugin_begins_anew(means: Path, tmp_path: Path
         sys.modules.pop(f"ddpp plugin {means.resolve()}")
         registry._plugins.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runs.Ledger, "close", lambda ledger: None)
+            patch.setattr(evaluate, "forget_parts", lambda folder: None)
             assert evaluate.main([str(out)]) == 0
         about.append(runs.read_log(out / "evaluated.jsonl")[0]["about"]["plugins"])
     assert about[0] != about[1] and len(about[0]) == len(about[1]) == 1

@@ -229,7 +229,7 @@ def test_what_a_result_is_used_for(elsewhere: str, folder: Path, tmp_path: Path)
     distilled(["--teachers-folder", str(folder)], tmp_path / "run", "cpu")
     assert run(evaluate.main, elsewhere, [held, "--models", "convnet", "alexnet", "resnet18", "--networks", "1"]) == 0
     assert run(continual.main, elsewhere, [held, "--epochs", "1", "--orders", "2"]) == 0
-    grid = ["--widths", "8", "--depths", "1", "--norm", "none", "--epochs", "1"]
+    grid = ["--widths", "8", "--depths", "1", "--norm", "none", "--epochs", "1", "--full-epochs", "1"]
     assert run(search.main, elsewhere, [held, *grid]) == 0
     picture = str(tmp_path / "profile.png")
     assert run(profile.main, elsewhere, [*NETWORK, "--inner-steps", "2", "--out", picture]) == 0
