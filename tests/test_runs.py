@@ -327,5 +327,3 @@ def test_a_ledger_of_another_computation_is_begun_anew(tmp_path: Path) -> None:
     assert other.get("first") is None
     other.add("first", 3)
     assert runs.Ledger(path, {"seed": 2}).get("first") == 3
-    other.close()
-    assert not path.exists()
