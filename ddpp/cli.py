@@ -6,7 +6,7 @@ import argparse
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,6 +54,7 @@ def run(
     *,
     arguments: Callable[[argparse.ArgumentParser], object] | None = None,
     base: Callable[[argparse.Namespace], Config | None] = lambda args: None,
+    without: Collection[str] = (),
 ) -> int:
     """Parses a stage's command line and runs it.
 
@@ -63,11 +64,12 @@ def run(
         sections: all sections this stage reads.
         arguments: adds the stage's arguments that are no configuration.
         base: a saved configuration to start from, or None.
+        without: options of the stage's own section that it does not read.
 
     Returns:
         The exit code: 0, 2 for wrong input, :data:`IN_USE` where another process has the run, 128 + n after signal n.
     """
-    parser = _parser(stage, description, own, sections)
+    parser = _parser(stage, description, own, sections, without)
     if arguments:
         arguments(parser)
     args = parser.parse_all(argv)
@@ -145,7 +147,7 @@ def device(config: Config) -> torch.device:
     return found
 
 
-def _parser(stage: str, description: str, own: str, sections: tuple[str, ...]) -> _Parser:
+def _parser(stage: str, description: str, own: str, sections: tuple[str, ...], without: Collection[str]) -> _Parser:
     parser = _Parser(prog=f"python -m ddpp.{stage}", description=description, allow_abbrev=False)
     if sections:
         parser.add_argument(
@@ -158,15 +160,17 @@ def _parser(stage: str, description: str, own: str, sections: tuple[str, ...]) -
         group = parser.add_argument_group(section)
         table = getattr(Config(), section)
         for f in fields(table):
-            _add_option(group, type(table), f, section, own)
+            if section != own or f.name not in without:
+                _add_option(group, type(table), f, section, own, "model" in sections)
     return parser
 
 
-def _add_option(group: Any, table: type, f: Any, section: str, own: str) -> None:
+def _add_option(group: Any, table: type, f: Any, section: str, own: str, begins: bool) -> None:
+    """Of a stage that begins with the options' defaults, and not with those of a run or of presets."""
     scalar, _, many = configuration.value_type(table, f.name)
     name = f"--{_flag(section, f.name, own)}"
     default = f.default if f.default not in (None, ()) else "chosen by ddpp"
-    text = f"{f.metadata['help']} (default: {default})"
+    text = f"{f.metadata['help']} (default: {default if begins else 'as the run or preset'})"
     common: dict[str, Any] = {
         "dest": f"{section}.{f.name}",
         "default": argparse.SUPPRESS,

@@ -124,7 +124,7 @@ def rows(result: dict[str, Any], prefix: str = "") -> list[str]:
 
 def _table(result: dict[str, Any]) -> str:
     known = [f"{side} {value:.4f}" for side, value in result["score"].items() if value is not None]
-    scored = ["LRS (0 to 1): " + ", ".join(known)] if known else []
+    scored = ["DD-Ranking's LRS (0 to 1, higher is better): " + ", ".join(known)] if known else []
     return "\n".join([HEAD, "|---|---|---|---|", *rows(result), "", *scored])
 
 

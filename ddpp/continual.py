@@ -11,15 +11,11 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
@@ -145,7 +141,8 @@ def _summary(networks: list[float]) -> dict[str, Any]:
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
     for name, steps in result["accuracy"].items():
         means, stds = [s["mean"] for s in steps], [s["std"] for s in steps]
         axis.errorbar(result["classes"], means, stds, marker="o", capsize=3, label=name)
@@ -155,14 +152,13 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     axis.legend(title="memory")
     with runs.replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, metadata={"Software": None})
-    plt.close(figure)
 
 
 def _table(result: dict[str, Any]) -> str:
     lines = [f"| memory | {' | '.join(f'{n} classes' for n in result['classes'])} |"]
     lines.append("|---" * (len(result["classes"]) + 1) + "|")
     for name, steps in result["accuracy"].items():
-        cells = [f"{figures['mean']:.1f} ± {figures['std']:.1f}" for figures in steps]
+        cells = [runs.figure_text(figures) for figures in steps]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(
         [
@@ -176,7 +172,6 @@ def _table(result: dict[str, Any]) -> str:
 
 def _run(config: Config, args: argparse.Namespace) -> None:
     folder = Path(args.folder)
-    config = replace(config, evaluate=replace(config.evaluate, models=()))
     dataset = data.load(config.data)
     runs.check_same_data(folder, synthetic.load(folder / "synthetic.safetensors")[1], dataset.fingerprint)
     with runs.alone(folder, "continual"):
@@ -204,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         arguments=_arguments,
         base=cli.config_of_run,
+        without=("models", "networks", "full_epochs", "full_lr", "select", "search_lr", "augmentations"),
     )
 
 

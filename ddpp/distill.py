@@ -7,6 +7,7 @@ method gives gradients, SGD with momentum moves pixels and step size, and a step
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -190,15 +191,20 @@ def distill(
             if state.undone_in_a_row >= UNDONE_IN_A_ROW:
                 save(state)
                 raise Diverged(_diverged(state, folder), state)
-            if state.step % settings.snapshot_every == 0 or state.step == settings.steps:
+            if state.step % settings.snapshot_every == 0:
                 _save_snapshot(state, folder)
             if state.step % settings.checkpoint_every == 0:
                 save(state)
             if interruption.signal is not None:
                 save(state)
-                text = f"stopped after step {state.step} of {settings.steps}; continue with --out {folder} --resume"
+                text = (
+                    f"stopped after step {state.step} of {settings.steps}; continue with --out {folder} --resume, or "
+                    f"let it end here with --steps {state.step} beside"
+                )
                 raise runs.Stopped(text, interruption.signal)
     state = replace(state, seconds=time.perf_counter() - began)
+    if state.step % settings.snapshot_every:
+        _save_snapshot(state, folder)
     save(state)
     return state
 
@@ -300,7 +306,16 @@ def _check(config: Config, method: type[Method] | type[Selection]) -> None:
             )
     if settings.init == "correct" and not method.needs_teachers:
         raise UserError(f"--init correct asks teachers, and method {settings.method} has none; give --init real")
-    method.check(config)
+    if check := getattr(method, "check", None):  # one of a plugin may do without
+        check(config)
+
+
+def _check_steps(folder: Path, steps: int) -> None:
+    """Refuses to end a run before the step that it is at."""
+    path = folder / "checkpoint.safetensors"
+    at = runs.read_tensors(path, "checkpoint")[1].get("step", 0) if path.is_file() else 0
+    if at > steps:
+        raise UserError(f"{folder} is at step {at} already; give --steps {at} or more")
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:
@@ -321,6 +336,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     method = method_class(problem)  # may refuse, before there is a folder or a teacher
     base = Path("runs") / f"{dataset.name}-{settings.method}-ipc{settings.ipc}-seed{seed}"
     out = Path(args.out) if args.out else runs.unused_folder(base)
+    _check_steps(out, settings.steps)
     with runs.open_folder(out, config, dataset.describe(), resume=args.resume) as folder:
         print(f"run folder: {folder}")
         _run_in(folder, problem, method, first, space, resumed=args.resume)
@@ -370,13 +386,31 @@ def _run_in(
         raise
     _save_result(state, config, dataset, problem.groups, folder)
     results = _evaluated(folder, problem, method, state, teachers_seconds)
+    results["advice"] = _advice(runs.read_log(folder / "log.jsonl"), settings) if isinstance(method, DDPP) else []
     report.write(folder, results)
     runs.write_json(folder / "results.json", results)  # the last file: with it a run is finished
     evaluate.forget_parts(folder)
     print(runs.accuracy_table(results))
     if state.undone or state.skipped:
         print(f"\n{report.steps_text(results['steps'])}")
+    for text in results["advice"]:
+        print(f"\n{text}")
     print(f"\nresult: {folder}/synthetic.safetensors, pictures and tables beside it")
+
+
+def _advice(rows: list[dict[str, Any]], settings: DistillConfig) -> list[str]:
+    """What the log of a trajectory's matching says to a person who looks for a reason."""
+    losses = [row["loss"] for row in rows[len(rows) // 2 :] if row["loss"] is not None]
+    found = []
+    if losses and statistics.median(losses) > 1:
+        found.append(
+            "The matching loss is above 1 in most of the later steps: students end further from the teacher than they "
+            "began. Lower --lr-pixels, --lr-step-size or --step-size; where teachers take few steps an epoch, give "
+            "them smaller batches."
+        )
+    if rows and rows[-1]["step_size"] <= settings.step_size * SMALLEST_STEP_SIZE * 1.001 and settings.lr_step_size:
+        found.append("The learned step size stands at its smallest, a thousandth of --step-size: lower --lr-step-size.")
+    return found
 
 
 def _evaluated(

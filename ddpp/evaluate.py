@@ -235,7 +235,7 @@ def networks_on(
     if images.shape[1:] != dataset.shape or images.dtype != torch.float32:
         shape = ", ".join(map(str, dataset.shape))
         raise UserError(f"images must be float32 [N, {shape}], got {images.dtype} {list(images.shape)}")
-    held = Synthetic(images, labels, held.step_size.detach())
+    held = Synthetic(images, labels, torch.as_tensor(held.step_size).detach())
     groups = augment.groups_for(config.augment.strategy, dataset.strategy)
     count = config.evaluate.networks * config.evaluate.epochs * len(images)
     with training.images_bar("evaluate", count) as progress, torch.enable_grad():

@@ -13,11 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
@@ -25,7 +22,10 @@ from torch.profiler import profile as torch_profile
 from ddpp import augment, cli, data, models, runs, seeds, synthetic
 from ddpp.config import SECTIONS, Config
 from ddpp.dual import ConvNetStep, Step
+from ddpp.errors import UserError
 from ddpp.gpu import Graphs, graphs_for
+from ddpp.methods import METHODS
+from ddpp.methods.ddpp import DDPP
 from ddpp.models import flat
 from ddpp.ops import convnet
 from ddpp.unroll import Matching, matching_gradients, provider
@@ -165,7 +165,8 @@ def table(title: str, rows: dict[str, float], unit: str) -> str:
 def draw(found: Profile, path: Path) -> None:
     """Bars of the two tables, one beside the other."""
     panels = [(found.milliseconds, "milliseconds"), (found.megabytes, "megabytes held between steps")]
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, (rows, title) in zip(axes, panels, strict=True):
         ordered = sorted((value, name) for name, value in rows.items() if value > 0)[-12:]
         axis.barh([name for _, name in ordered], [value for value, _ in ordered])
@@ -173,21 +174,23 @@ def draw(found: Profile, path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
     with runs.replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, metadata={"Software": None})
-    plt.close(figure)
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:
-    device = cli.device(config)
+    device, method = cli.device(config), METHODS.get(config.distill.method)
+    if not issubclass(method, DDPP):
+        raise UserError(f"the step that is shown is one of ddpp or mtt, and {config.distill.method} has another")
+    method.check(config)
     call, step, kept = outer_step(config, device)
     found = measure(call, step, device, graphs_for(config.run, device))
     found = found._replace(megabytes={**found.megabytes, **kept})
     settings = config.distill
     of_a_class = settings.ipc * settings.images_in_one
     print(
-        f"{config.data.dataset}, {of_a_class} images a class, {settings.inner_steps} inner steps, engine "
-        f"{settings.engine}, {type(step).__name__}, {torch.get_num_threads()} threads: {found.total:.0f} ms\n"
+        f"{config.data.dataset}, {settings.method}, {of_a_class} images a class, {settings.inner_steps} inner steps, "
+        f"engine {settings.engine}, {type(step).__name__}, {torch.get_num_threads()} threads: {found.total:.0f} ms\n"
     )
-    print(table("time", found.milliseconds, "ms"))
+    print(table("time, longer by what watching takes", found.milliseconds, "ms"))
     print()
     print(table("memory held between steps", found.megabytes, "MB"))
     print(f"\npeak memory of the process: {runs.peak_memory_mb(device):.0f} MB")

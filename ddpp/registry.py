@@ -34,7 +34,7 @@ class Registry(Generic[T]):
         """Decorator that enters its argument under ``name``."""
 
         def enter(entry: T) -> T:
-            if name in self._entries:
+            if name in self._entries and not _again(entry, self._entries[name]):
                 raise KeyError(f"{self.kind} {name!r} is registered twice")
             self._entries[name], self._sources[name] = entry, _source(entry)
             return entry
@@ -58,6 +58,14 @@ class Registry(Generic[T]):
     def source(self, name: str) -> str:
         """A digest of the plugin's file that registered an entry; empty for one of ddpp's own."""
         return self._sources.get(name, "")
+
+
+def _again(entry: object, before: object) -> bool:
+    """Whether it is the same one, edited, of a session: a notebook's cell that is run again."""
+    return (
+        all(getattr(entry, name, None) == getattr(before, name, "") for name in ("__module__", "__qualname__"))
+        and getattr(entry, "__module__", "") == "__main__"
+    )
 
 
 def plugins() -> list[str]:

@@ -11,11 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,7 +28,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     _draw_images(folder, held.images, meta["classes"])
     log = folder / "log.jsonl"
     _draw_curves(runs.read_log(log) if log.is_file() else [], folder / "curves.png")
-    runs.write_text(folder / "report.md", _text(results, synthetic.size_text(meta)))
+    runs.write_text(folder / "report.md", _text(results, meta["dataset"], synthetic.size_text(meta)))
 
 
 def _draw_images(folder: Path, result: Tensor, classes: Sequence[str]) -> None:
@@ -43,7 +40,8 @@ def _draw_images(folder: Path, result: Tensor, classes: Sequence[str]) -> None:
     panels = [(title, _canvas(x, transform, len(classes))) for title, x in shown]
     height, width = panels[0][1].shape[:2]
     size = 10.0, len(panels) * 10.0 * height / width + 0.8  # inches
-    figure, axes = plt.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)
     for axis, (title, canvas) in zip(axes[:, 0], panels, strict=True):
         axis.imshow(canvas, interpolation="nearest", vmin=0, vmax=1)
         axis.set_ylabel(title)
@@ -75,7 +73,8 @@ def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Matching loss, step size and share of parameters kept over the outer steps."""
     steps = [row["step"] for row in rows]
     curves = (("loss", "matching loss"), ("step_size", "step size"), ("kept", "share of parameters kept"))
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
     for axis, (name, title) in zip(axes, curves, strict=True):
         axis.plot(steps, [np.nan if row[name] is None else row[name] for row in rows], linewidth=0.8)
         axis.set_xlabel("outer step")
@@ -87,12 +86,10 @@ def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
 def _save(figure: Any, path: Path) -> None:
     with runs.replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, metadata={"Software": None})
-    plt.close(figure)
 
 
-def _text(results: dict[str, Any], size: str) -> str:
-    config, steps, seconds = results["config"], results["steps"], results["seconds"]
-    data_name, method = config["data"]["dataset"], config["distill"]["method"]
+def _text(results: dict[str, Any], data_name: str, size: str) -> str:
+    steps, seconds, method = results["steps"], results["seconds"], results["config"]["distill"]["method"]
     lines = [
         f"# {data_name}, {method}, {size}",
         "",
@@ -104,6 +101,7 @@ def _text(results: dict[str, Any], size: str) -> str:
         "",
         steps_text(steps),
         "",
+        *(line for text in results.get("advice", []) for line in (text, "")),
         "| stage | seconds |",
         "|---|---|",
         *(f"| {name} | {value:.1f} |" for name, value in seconds.items()),

@@ -23,10 +23,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
+from matplotlib import figure as pictures
+from matplotlib.image import imread
 
 from ddpp import cli, compare, data, distill, runs
 from ddpp import config as configuration
@@ -355,9 +354,10 @@ def _latex(rows: list[Row], columns: Sequence[str]) -> str:
 
 def _draw(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> None:
     """Bars of each row, grouped by column; a line a published figure."""
-    figure, axis = plt.subplots(figsize=(max(7.0, 2.2 * len(columns) + 4), 4.2), layout="constrained")
+    figure = pictures.Figure(figsize=(max(7.0, 2.2 * len(columns) + 4), 4.2), layout="constrained")
+    axis = figure.subplots()
     width = 0.85 / max(1, len(rows))
-    colours = plt.get_cmap("tab20")
+    colours = colormaps["tab20"]
     for i, (name, figures, _) in enumerate(rows):
         places = [column + (i - len(rows) / 2 + 0.5) * width for column in range(len(columns))]
         means, stds = ([f[key] if f else 0.0 for f in figures] for key in ("mean", "std"))
@@ -369,20 +369,19 @@ def _draw(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> No
     axis.grid(axis="y", alpha=0.3)
     with runs.replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, metadata={"Software": None})
-    plt.close(figure)
 
 
 def _draw_images(cells: Sequence[Cell], path: Path) -> None:
     """The runs' pictures above each other."""
-    figure, axes = plt.subplots(len(cells), 1, figsize=(10, 3.2 * len(cells)), layout="constrained", squeeze=False)
+    figure = pictures.Figure(figsize=(10, 3.2 * len(cells)), layout="constrained")
+    axes = figure.subplots(len(cells), 1, squeeze=False)
     for axis, cell in zip(axes[:, 0], cells, strict=True):
         if (cell.folder / "images.png").is_file():
-            axis.imshow(plt.imread(cell.folder / "images.png"))
+            axis.imshow(imread(cell.folder / "images.png"))
         axis.set_title(cell.name)
         axis.set_axis_off()
     with runs.replacing(path) as temporary:
         figure.savefig(temporary, dpi=160, metadata={"Software": None})
-    plt.close(figure)
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:

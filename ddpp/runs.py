@@ -306,7 +306,8 @@ class Stopped(Exception):
 def open_folder(path: Path, config: Config, data: dict[str, Any], *, resume: bool) -> Iterator[Path]:
     """Makes a run folder and saves the resolved configuration, or checks that it holds this very run.
 
-    A run that goes on with other :data:`OF_THE_MACHINE` saves those. Within the block no other process can open it.
+    A run that goes on with other :data:`OF_THE_MACHINE`, or to another number of outer steps, saves those. Within the
+    block no other process can open it.
 
     Args:
         data: describes the run's data set; its ``fingerprint`` must not change.
@@ -333,11 +334,14 @@ def open_folder(path: Path, config: Config, data: dict[str, Any], *, resume: boo
 def _check_folder(path: Path, config: Config, data: dict[str, Any], resume: bool) -> None:
     """Refuses a run folder that holds another run, or this one without ``resume``."""
     if (path / "config.toml").is_file():
-        check_same_run(path, config, OF_THE_MACHINE if resume else ("run.plugins",))
+        check_same_run(path, config, (*OF_THE_MACHINE, "distill.steps") if resume else ("run.plugins",))
         if not resume:
             finished = (path / "results.json").is_file()
             advice = "a finished run. Choose" if finished else "an unfinished run. Continue it with --resume, or choose"
             raise UserError(f"{path} holds {advice} another --out.")
+        if saved_config(path).distill.steps != config.distill.steps:  # what is told of it will be of another set
+            for name in ("results.json", "evaluation.json"):
+                (path / name).unlink(missing_ok=True)
         if (path / "data.json").is_file():
             check_same_data(path, read_json(path / "data.json"), data["fingerprint"])
 
@@ -450,11 +454,12 @@ def condition_name(condition: str) -> str:
 
 
 def figure_text(figures: dict[str, Any] | None) -> str:
-    """Mean and standard deviation, and how many networks diverged."""
+    """Mean and, of more than one, standard deviation; and how many networks diverged."""
     if not figures:
         return "not run"
+    spread = f" ± {figures['std']:.1f}" if len(figures["networks"]) > 1 else ""
     diverged = f" ({figures['diverged']} diverged)" if "diverged" in figures else ""
-    return f"{figures['mean']:.1f} ± {figures['std']:.1f}{diverged}"
+    return f"{figures['mean']:.1f}{spread}{diverged}"
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -17,12 +17,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddpp import augment, cli, data, models, registry, runs, seeds, synthetic, training
@@ -196,7 +193,8 @@ def _options(model: ModelConfig) -> dict[str, Any]:
 
 def _draw(result: dict[str, Any], path: Path) -> None:
     """Accuracy on all real images over that on each proxy."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     full = [row["full"]["accuracy"] for row in result["networks"]]
     for axis, proxy in zip(axes, ("distilled", "random"), strict=True):
         axis.scatter([row[proxy]["accuracy"] for row in result["networks"]], full, s=14)
@@ -206,7 +204,6 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     axes[0].set_ylabel("trained on all real images, percent")
     with runs.replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, metadata={"Software": None})
-    plt.close(figure)
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -249,7 +246,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Rank a grid of ConvNets on a distilled set and compare the ranking with that of all real data."
     return cli.run(
-        "search", description, "evaluate", ("evaluate", "run"), _run, argv, arguments=_arguments, base=cli.config_of_run
+        "search",
+        description,
+        "evaluate",
+        ("evaluate", "run"),
+        _run,
+        argv,
+        arguments=_arguments,
+        base=cli.config_of_run,
+        without=("models", "networks", "select", "search_lr", "augmentations"),
     )
 
 

@@ -29,6 +29,7 @@ from ddpp.training import Recipe, Standing
 from ddpp.trajectories import Begun, Trajectory
 
 _BUFFER, _VELOCITY = "buffer.", "velocity"
+_FEW_STEPS = 5  # in an epoch
 _SAMPLE = 5_000  # training images that stand for all of them where none are held out
 
 
@@ -58,6 +59,9 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
     seed = next((t.meta["seed"] for t in present.values()), config.run.seed)
     kept = f", beside {len(present)} that are there (seed {seed})" if present else ""
     print(f"training {len(missing)} teachers for {epochs} epochs into {folder}{kept}")
+    if (steps := -(-len(dataset.train_labels) // config.teachers.batch)) < _FEW_STEPS:
+        many = f"{len(dataset.train_labels)} images in batches of {config.teachers.batch}"
+        print(f"{many}: a teacher takes {steps} steps an epoch, which is little to follow; take smaller batches of it")
     bar = training.images_bar("teachers", len(missing) * images, shown=progress)
     with runs.Interruption() as interruption, bar:
         while missing:

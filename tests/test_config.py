@@ -152,3 +152,13 @@ def test_registry_names_the_nearest() -> None:
         table.get("gren")
     with pytest.raises(KeyError, match="registered twice"):
         table.register("green")(2)
+
+
+def test_a_cell_of_a_notebook_may_register_again() -> None:
+    """What a session registers it may edit; another one of that name stays an error."""
+    table: Registry[type] = Registry("colour")
+    for shade in (1, 2):
+        table.register("green")(type("Green", (), {"__module__": "__main__", "shade": shade}))
+    assert table.get("green").shade == 2
+    with pytest.raises(KeyError, match="registered twice"):
+        table.register("green")(type("Other", (), {"__module__": "__main__"}))

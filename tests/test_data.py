@@ -261,6 +261,36 @@ def test_a_grey_image_among_coloured_ones_is_one_of_them(tree: Path, part: str, 
 
 
 @needs_torchvision
+def test_a_photograph_is_turned_as_its_camera_says(tree: Path) -> None:
+    """Orientation 6: the first row is on the right."""
+    before, path = read(tree, validation=0.0), tree / "train" / "cat" / "0.png"
+    picture = Image.open(path)
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(path, exif=exif)
+    after = read(tree, validation=0.0)
+    turned = torch.rot90(before.to_pixels(before.train_images[:1]), -1, (2, 3))
+    torch.testing.assert_close(after.to_pixels(after.train_images[:1]), turned)
+
+
+@needs_torchvision
+def test_hidden_files_are_no_images(tree: Path) -> None:
+    count = len(read(tree).train_images)
+    (tree / "train" / "cat" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(tree / "train" / "cat" / "0.png", tree / "train" / "cat" / ".ipynb_checkpoints" / "0.png")
+    (tree / "train" / "cat" / "._0.png").write_bytes(b"a system's own")
+    assert len(read(tree).train_images) == count
+
+
+def test_pixels_of_another_kind_are_refused() -> None:
+    transform = {"mean": torch.zeros(3), "std": torch.ones(3)}
+    with pytest.raises(UserError, match=r"pixels must be numbers from 0 to 1, got torch\.uint8; divide"):
+        data.from_pixels(transform, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(UserError, match=r"pixels must have 3 channels, got \[2, 1, 8, 8\]"):
+        data.from_pixels(transform, torch.zeros(2, 1, 8, 8))
+
+
+@needs_torchvision
 def test_images_of_any_size_with_image_size(tree: Path) -> None:
     left_white = np.zeros((10, 30, 3))
     left_white[:, :6] = 255

@@ -430,6 +430,39 @@ def test_an_evaluation_that_was_cut_goes_on(finished: Path, monkeypatch: pytest.
     assert evaluated(10_000, "--models", "alexnet", "convnet", "--networks", "1", "--full-epochs", "0") and trained == 4
 
 
+def test_a_run_may_end_early_and_be_extended(long: Path, teachers: Path, tmp_path: Path) -> None:
+    """To the bytes of a run that was begun with as many steps."""
+    few, cut = tmp_path / "few", tmp_path / "cut"
+    options = ["--teachers-folder", str(teachers), "--out"]
+    steps = runs.saved_config(long).distill.steps
+    assert distill.main([*LONG, *options, str(few), "--steps", "3"]) == 0
+    assert evaluate.main([str(few)]) == 0
+    shutil.copytree(few, cut)
+    with pytest.MonkeyPatch.context() as patch:
+        begin = runs.Interruption.__init__
+        patch.setattr(runs.Interruption, "__init__", lambda self: (begin(self), setattr(self, "signal", 2))[0])
+        assert distill.main(["--out", str(few), "--resume", "--steps", str(steps)]) == 130
+    assert not (few / "results.json").exists() and not (few / "evaluation.json").exists()  # of fewer steps
+    assert distill.main(["--out", str(few), "--resume", "--steps", "3"]) == 2  # it is at the fourth
+    assert distill.main(["--out", str(few), "--resume", "--steps", "4"]) == 0
+    assert (few / "results.json").exists()
+    assert json.loads((few / "results.json").read_text())["steps"]["taken"] == 4
+    assert sorted(path.name for path in (few / "snapshots").iterdir())[-1] == "step-000004.safetensors"
+    assert distill.main(["--out", str(cut), "--resume", "--steps", str(steps)]) == 0
+    for name in ("synthetic.safetensors", "log.jsonl"):
+        assert (cut / name).read_bytes() == (long / name).read_bytes(), name
+
+
+def test_advice_where_the_loss_or_the_step_size_says_that_steps_are_too_large() -> None:
+    settings = DistillConfig(step_size=0.02)
+    good = [{"loss": 2.0, "step_size": 0.02}] * 5 + [{"loss": 0.5, "step_size": 0.01}] * 10
+    assert distill._advice(good, settings) == [] == distill._advice([], settings)
+    above = distill._advice([*good, *[{"loss": 3.0, "step_size": 0.01}] * 20], settings)
+    assert len(above) == 1 and "loss is above 1 in most of the later steps" in above[0]
+    floor = distill._advice([*good, {"loss": None, "step_size": 0.02 * distill.SMALLEST_STEP_SIZE}], settings)
+    assert len(floor) == 1 and "lower --lr-step-size" in floor[0]
+
+
 def test_an_evaluation_ends_at_ctrl_c(finished: Path) -> None:
     """Networks in training on threads end too."""
     argv = [str(finished), "--networks", "4", "--epochs", "1000000", "--full-epochs", "0", "--threads", "2"]

@@ -304,3 +304,22 @@ def test_a_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
     ended = subprocess.run([*map(os.fsencode, argv), out], capture_output=True)
     assert ended.returncode == 2 and ended.stderr.count(b"\n") == 1
     assert b"is no UTF-8 text; rename that file or folder" in ended.stderr
+
+
+def test_what_a_stage_does_not_read_is_no_option_of_it(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage, option in ((continual.main, "--models"), (continual.main, "--full-epochs"), (search.main, "--networks")):
+        with pytest.raises(SystemExit, match="2"):
+            stage([str(finished), option, "1"])
+        assert f"unknown argument {option}" in capsys.readouterr().err
+    for stage, default in ((evaluate.main, "as the run or preset"), (distill.main, "300")):
+        with pytest.raises(SystemExit, match="0"):
+            stage(["--help"])
+        told = " ".join(capsys.readouterr().out.split())
+        assert f"the rate falls to a tenth halfway. (default: {default})" in told
+
+
+def test_one_network_has_no_spread(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(finished), "--networks", "1", "--epochs", "1", "--full-epochs", "0"]) == 0
+    assert continual.main([str(finished), "--orders", "1", "--steps", "2", "--epochs", "1"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == 10 and not any("±" in row for row in rows)

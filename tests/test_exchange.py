@@ -108,6 +108,19 @@ def test_an_export_of_whitened_images_tells_how_to_whiten(tmp_path: Path) -> Non
     torch.testing.assert_close(found, dataset.test_images[:50], atol=1e-3, rtol=1e-3)
 
 
+def test_the_folder_of_an_export_or_of_a_run_comes_in(run: Path, exported: Path, tmp_path: Path) -> None:
+    for name, folder in (("of the export", exported), ("of the run", run)):
+        assert given(tmp_path / name, [str(folder)]) == 0
+        assert figures(tmp_path / name, "given") == figures(run, "dm")
+
+
+def test_pixels_that_may_be_meant_are_asked_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = saved(tmp_path / "images.pt", torch.rand(20, 1, 8, 8))
+    for space, told in (("networks", True), ("pixels", False)):
+        assert given(tmp_path / space, [images], "--given-space", space) == 0
+        assert ("if they are pixels, give --given-space pixels" in capsys.readouterr().out) == told
+
+
 def test_pictures_of_an_export_are_its_pixels(run: Path, exported: Path, digits: Dataset, tmp_path: Path) -> None:
     """Read as a data set, both parts the same."""
     for part in ("train", "test"):
@@ -328,6 +341,8 @@ def test_a_set_that_does_not_fit_is_one_line(
         ([str(tmp_path / "odd.pt")], "Give files that torch.save wrote."),
         ([str(tmp_path / "open.npy")], "Give numbers that numpy wrote, without objects."),
         ([images, images, images], "step size must be one number, got [20, 1, 8, 8]"),
+        ([file("whole.pt", torch.zeros(20, 1, 8, 8, dtype=torch.uint8))], "as pixels are; give --given-space pixels"),
+        ([images, file("floats.pt", torch.zeros(20))], "got torch.float32 [20]"),
         ([file("model.pt", torch.nn.Linear(2, 2))], "Give files that torch.save wrote."),
         ([file("state.pt", {"weight": torch.zeros(2)})], "holds a dict where a tensor"),
         ([file("empty.pt", {"data": []})], "holds a list where a tensor"),
@@ -338,7 +353,7 @@ def test_a_set_that_does_not_fit_is_one_line(
         ([images, file("uneven.pt", torch.zeros(20, dtype=torch.int64))], "2 of each"),
         ([images, file("wide.pt", torch.arange(20))], "labels must be classes [20] from 0 to 9"),
         ([images, file("soft.pt", torch.zeros(20, 10))], "has soft labels, and --labels is hard; give --labels soft"),
-        ([images, file("lr.pt", torch.tensor(0.1))], "got []"),
+        ([images, file("lr.pt", torch.tensor(0.1))], "got torch.float32 []"),
         ([images, file("l.pt", torch.arange(20) % 10), file("0.pt", 0.0)], "the step size must be positive, got 0.0"),
         ([images] * 4, "got 4 files"),
         ([str(exported / "pixels")], "is a folder of pictures; name it alone and give --given-space pixels"),

@@ -269,6 +269,45 @@ def test_an_evaluation_of_another_plugin_begins_anew(means: Path, tmp_path: Path
     assert about[0] != about[1] and len(about[0]) == len(about[1]) == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("None", "data set 'odd' must give a ddpp.data.base.Raw, got NoneType"),
+        ("raw(np.zeros((4, 1, 8, 8), np.uint8))", "images as ndarray, but they must be a torch.Tensor"),
+        ("raw(torch.zeros(4, 1, 8, 8))", "torch.float32 [4, 1, 8, 8], but they must be uint8 [N, C, H, H], with 255"),
+    ],
+)
+def test_what_a_reader_gets_wrong_is_one_line(
+    given: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"""
+import numpy as np
+import torch
+from ddpp.data.base import DATASETS, Raw
+
+
+def raw(images):
+    return Raw("odd", ("a", "b"), images, torch.tensor([0, 1, 0, 1]), images, torch.tensor([0, 1, 0, 1]), "flip")
+
+
+DATASETS._entries.pop("odd", None)
+DATASETS.register("odd")(lambda config: {given})
+"""
+    path = tmp_path / "odd.py"
+    path.write_text(text, encoding="utf-8")
+    assert distill.main(["--plugins", str(path), "--dataset", "odd", *SHORT, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_method_may_refuse_nothing(tmp_path: Path, means: Path) -> None:
+    text = means.read_text(encoding="utf-8")
+    start, end = text.index("    @staticmethod"), text.index("    def __init__")
+    means.write_text(text[:start] + text[end:], encoding="utf-8")
+    argv = ["--plugins", str(means), "--method", "means", *SHORT, "--out", str(tmp_path / "run")]
+    assert distill.main(argv) == 0
+
+
 def test_a_run_finds_its_plugin_from_another_folder(
     means: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     picture = tmp_path / "where.png"
     assert profile.main([*TOY, "--out", str(picture)]) == 0
     text = capsys.readouterr().out
-    assert "| time | ms | share |" in text and "digits, 1 images a class, 3 inner steps" in text
+    assert "| time, longer by what watching takes | ms | share |" in text
+    assert "digits, ddpp, 1 images a class, 3 inner steps" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert profile.main([*TOY, "--method", "mtt", "--prune", "none", "--epsilon", "0", "--out", str(picture)]) == 0
+    assert "digits, mtt, 1 images a class" in capsys.readouterr().out
+    assert profile.main([*TOY, "--method", "dm", "--out", str(picture)]) == 2
+    assert "the step that is shown is one of ddpp or mtt, and dm has another" in capsys.readouterr().err

@@ -109,6 +109,8 @@ def load(config: DataConfig) -> Dataset:
         raise UserError("--constants published normalise, --zca whitens instead; give --constants measured or --no-zca")
     with _one_download(config):
         raw = reader(config)
+    if not isinstance(raw, Raw):
+        raise UserError(f"data set {config.dataset!r} must give a ddpp.data.base.Raw, got {type(raw).__name__}")
     _check(raw)
     train, held_out = stratified(raw.train_labels, config.validation, seeds.generator(0, "validation"))
     images = {
@@ -172,8 +174,12 @@ def _check(raw: Raw) -> None:
 
 def _check_part(what: str, images: Tensor, labels: Tensor, classes: int) -> None:
     """What a reader of one's own may get wrong."""
+    for kind, given in (("images", images), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise UserError(f"{what} {kind} as {type(given).__name__}, but they must be a torch.Tensor")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
-        raise UserError(f"{what} images {images.dtype} {list(images.shape)}, but they must be uint8 [N, C, H, H]")
+        found = f"{what} images {images.dtype} {list(images.shape)}"
+        raise UserError(f"{found}, but they must be uint8 [N, C, H, H], with 255 for white")
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         found = f"{what} labels {labels.dtype} {list(labels.shape)} of {len(images)} images"
         raise UserError(f"{found}, but they must be int64, one each")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,6 +69,12 @@ def read_classes(root: Path, classes: Sequence[str], image_size: int | None = No
     return pixels, torch.tensor([places[name] for name in found.classes])[found.labels]
 
 
+def _is_image(part: Path, path: str) -> bool:
+    """By its ending; what is hidden, as editors and systems leave it, is none."""
+    hidden = any(name.startswith(".") for name in Path(path).relative_to(part).parts)
+    return not hidden and path.lower().endswith(library("torchvision.datasets.folder").IMG_EXTENSIONS)
+
+
 def _list(part: Path, chosen: Collection[str] = ()) -> _Listing:
     """The images of one part, of some of its classes if these are named."""
     expected = f"expected images in {part / '<class>'}/"
@@ -82,7 +89,7 @@ def _list(part: Path, chosen: Collection[str] = ()) -> _Listing:
             raise UserError(f"--classes {name}: {part} has no such class{nearest(name, classes)}")
         classes = sorted(set(chosen)) or classes
         places = {name: label for label, name in enumerate(classes)}
-        samples = reader.make_dataset(str(part), places, reader.IMG_EXTENSIONS)
+        samples = reader.make_dataset(str(part), places, is_valid_file=partial(_is_image, part), allow_empty=False)
     except FileNotFoundError as e:
         raise UserError(f"{part}: {e}; {expected}. Add some, or remove the class.") from e
     return _Listing(classes, [path for path, _ in samples], torch.tensor([label for _, label in samples]))

@@ -23,7 +23,7 @@ from ddpp.errors import UserError
 
 _CHUNK = 256  # files that a thread decodes in a row
 _MANY = 2000  # files from which on progress is shown, and pixels are kept
-_FORMAT = 1  # another one for pixels that are decoded otherwise
+_FORMAT = 2  # another one for pixels that are decoded otherwise
 _GREY = ("1", "L", "LA")
 
 Room = Callable[[tuple[int, ...]], NDArray[np.uint8]]  # from a shape to memory
@@ -32,10 +32,11 @@ Room = Callable[[tuple[int, ...]], NDArray[np.uint8]]  # from a shape to memory
 def decode(paths: Sequence[str], image_size: int | None = None) -> Tensor:
     """All images as one tensor, grey if all are, else RGB. [N, C, H, W] uint8
 
-    Palettes become RGB, grey images among coloured ones too, and transparency is dropped. All must be square and of
-    one size, unless ``image_size`` is given: then the shorter side is resized to it (bilinear, antialiased) and the
-    centre kept. Many are decoded once, and again when a file changes: their pixels are kept in the user's cache folder,
-    and the tensor is a view of that file, which takes no memory of a process's own and must not be written to.
+    Images are turned as their camera says. Palettes become RGB, grey images among coloured ones too, and transparency
+    is dropped. All must be square and of one size, unless ``image_size`` is given: then the shorter side is resized to
+    it (bilinear, antialiased) and the centre kept. Many are decoded once, and again when a file changes: their pixels
+    are kept in the user's cache folder, and the tensor is a view of that file, which takes no memory of a process's own
+    and must not be written to.
 
     Raises:
         UserError: an image cannot be read, has more than 8 bits a channel, or another size. The message names it.
@@ -175,7 +176,7 @@ def _read(path: str, image_size: int | None, mode: str) -> NDArray[np.uint8]:
         with pillow.open(path) as image:
             if image.mode[0] in "IF":
                 raise UserError(f"{path} has more than 8 bits a channel. Convert it to an 8-bit image.")
-            image = image.convert(mode)
+            image = library("PIL.ImageOps").exif_transpose(image).convert(mode)
     except UserError:  # a ValueError, as Pillow raises them too
         raise
     except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as e:

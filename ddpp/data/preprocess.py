@@ -50,7 +50,17 @@ _CONSTANT = 1e-9  # a channel that deviates less differs by rounding alone
 
 
 def from_pixels(transform: Transform, pixels: Tensor) -> Tensor:
-    """What networks are trained on, from pixels in [0, 1]. [N, C, H, W]"""
+    """What networks are trained on, from pixels in [0, 1]. [N, C, H, W]
+
+    Raises:
+        UserError: whole numbers, or images of other channels or another size.
+    """
+    if not pixels.is_floating_point():
+        raise UserError(f"pixels must be numbers from 0 to 1, got {pixels.dtype}; divide whole numbers by 255")
+    count = pixels[0].numel() if "whiten" in transform else pixels.shape[-3]
+    if count != transform["mean"].numel():
+        held = "numbers an image" if "whiten" in transform else "channels"
+        raise UserError(f"pixels must have {transform['mean'].numel()} {held}, got {list(pixels.shape)}")
     if "whiten" in transform:
         flat = pixels.flatten(1) - transform["mean"].to(pixels)
         return (flat @ transform["whiten"].to(pixels)).view_as(pixels)

@@ -81,6 +81,8 @@ class Given:
     def _in_networks_space(self, images: Tensor, config: Config, dataset: Dataset) -> Tensor:
         space, name = config.distill.given_space, config.data.dataset
         if space == "networks":
+            if images.min() >= 0 and images.max() <= 1:
+                print(f"{self._files}: all numbers are from 0 to 1; if they are pixels, give --given-space pixels")
             return images
         if space == "published":
             transform = data.published_transform(name, "--given-space published")
@@ -107,7 +109,8 @@ class Given:
             probable = (given >= 0).all() and torch.allclose(given.sum(1), torch.ones(len(given)), atol=1e-3)
             return given.clamp_min(torch.finfo(torch.float32).tiny).log() if probable else given
         if given.is_floating_point() or given.shape != (ipc * classes,):
-            raise UserError(f"{self._files}: {expected} [{ipc * classes}, {classes}], got {list(given.shape)}")
+            found = f"{given.dtype} {list(given.shape)}"
+            raise UserError(f"{self._files}: {expected} [{ipc * classes}, {classes}], got {found}")
         if given.min() < 0 or given.max() >= classes:
             raise UserError(f"{self._files}: {expected} [{ipc * classes}, {classes}], got {given.unique().tolist()}")
         counts = torch.bincount(given, minlength=classes)
@@ -133,7 +136,7 @@ def _class_by_class(labels: Tensor, ipc: int) -> Tensor:
 def _read(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor | None, Tensor]:
     """Images as they are given, labels if there are any, and the step size."""
     settings = config.distill
-    first, *others = [Path(name) for name in settings.given]
+    first, *others = [file for name in settings.given for file in _files_of(Path(name))]
     if first.suffix == ".safetensors":
         if others or settings.given_space != "networks":
             raise UserError(f"{first} is a set of ddpp, which holds all; leave out other files and --given-space")
@@ -153,9 +156,19 @@ def _read(config: Config, dataset: Dataset) -> tuple[Tensor, Tensor | None, Tens
         labels = labels.float() if labels.is_floating_point() else labels.long()
     if step_size is not None and step_size.numel() != 1:
         raise UserError(f"{others[-1]}: the step size must be one number, got {list(step_size.shape)}")
-    whole = images.dtype == torch.uint8 and settings.given_space == "pixels"
+    whole = images.dtype == torch.uint8
+    if whole and settings.given_space != "pixels":
+        raise UserError(f"{first} holds whole numbers, as pixels are; give --given-space pixels")
     images = images.float() / 255 if whole else images.float()
     return images, labels, torch.tensor(settings.step_size if step_size is None else float(step_size))
+
+
+def _files_of(path: Path) -> list[Path]:
+    """What is meant by a run folder, or by one that ddpp.export wrote; else the path itself."""
+    if (path / "synthetic.safetensors").is_file():
+        return [path / "synthetic.safetensors"]
+    exported = [path / f"{name}.pt" for name in ("images", "labels", "lr")]
+    return exported if all(file.is_file() for file in exported) else [path]
 
 
 def _pair(found: Any, path: Path) -> list[Tensor]:
