@@ -336,7 +336,8 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     method = method_class(problem)  # may refuse, before there is a folder or a teacher
     base = Path("runs") / f"{dataset.name}-{settings.method}-ipc{settings.ipc}-seed{seed}"
     out = Path(args.out) if args.out else runs.unused_folder(base)
-    _check_steps(out, settings.steps)
+    if args.resume:
+        _check_steps(out, settings.steps)
     with runs.open_folder(out, config, dataset.describe(), resume=args.resume) as folder:
         print(f"run folder: {folder}")
         _run_in(folder, problem, method, first, space, resumed=args.resume)

@@ -73,8 +73,11 @@ def test_the_number_of_presets_is_told() -> None:
     assert f"names a published setting: {len(published)} of them" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("named", ["networks_on", "matching_gradients"])
-def test_the_readmes_programs_run(named: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("named", ["distill.main", "networks_on", "matching_gradients"])
+def test_the_readmes_programs_run(
+    named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (text,) = (block for block in blocks if f"{named}(" in block)
     exec(text, {"__name__": "readme"})
