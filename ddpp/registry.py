@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -74,12 +76,16 @@ def plugins() -> list[str]:
 
 
 def _source(entry: object) -> str:
-    """A digest of the file that defines a plugin's entry; empty for one of ddpp's own."""
+    """A digest of the file that defines a plugin's entry, or of its own lines in a notebook; empty for ddpp's own."""
     name = getattr(entry, "__module__", None) or ""
     if name.partition(".")[0] == __package__:
         return ""
     file = getattr(sys.modules.get(name), "__file__", None)
-    digest = hashlib.sha256(Path(file).read_bytes() if file else name.encode()).hexdigest()
+    text = Path(file).read_bytes() if file else name.encode()
+    if not file:
+        with contextlib.suppress(OSError, TypeError):  # there are no lines of what was typed
+            text = inspect.getsource(entry).encode()  # type: ignore[arg-type]
+    digest = hashlib.sha256(text).hexdigest()
     _plugins.add(digest)
     return digest
 

@@ -1,12 +1,15 @@
 """Options: checked, named with their nearest neighbour, and saved so that they read back equal."""
 
 import argparse
+import linecache
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from ddpp import cli, config
+from ddpp import cli, config, registry
 from ddpp.config import Config
 from ddpp.errors import UserError
 from ddpp.registry import Registry
@@ -162,3 +165,19 @@ def test_a_cell_of_a_notebook_may_register_again() -> None:
     assert table.get("green").shade == 2
     with pytest.raises(KeyError, match="registered twice"):
         table.register("green")(type("Other", (), {"__module__": "__main__"}))
+
+
+def test_an_edited_cell_is_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or teachers of the network that it made before would be taken for its own."""
+    monkeypatch.setitem(sys.modules, "__main__", types.ModuleType("__main__"))
+    monkeypatch.setattr(registry, "_plugins", set())
+    table: Registry[object] = Registry("colour")
+    found = []
+    for number, text in enumerate(["def green():\n    return 1\n", "def green():\n    return 2\n"]):
+        file = f"<cell {number}>"
+        monkeypatch.setitem(linecache.cache, file, (len(text), None, text.splitlines(keepends=True), file))
+        cell = {"__name__": "__main__"}
+        exec(compile(text, file, "exec"), cell)
+        table.register("green")(cell["green"])
+        found.append(table.source("green"))
+    assert len(set(found)) == 2
