@@ -466,7 +466,11 @@ def test_advice_where_the_loss_or_the_step_size_says_that_steps_are_too_large() 
 def test_an_evaluation_ends_at_ctrl_c(finished: Path) -> None:
     """Networks in training on threads end too."""
     argv = [str(finished), "--networks", "4", "--epochs", "1000000", "--full-epochs", "0", "--threads", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "ddpp.evaluate", *argv], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddpp.evaluate", *argv],
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )
     assert process.stderr is not None
     while b"images/s" not in process.stderr.read(100):
         pass

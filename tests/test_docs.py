@@ -12,6 +12,7 @@ import pytest
 from ddpp import config
 from ddpp.__main__ import STAGES
 from ddpp.config import Config
+from ddpp.data import DATASETS
 from ddpp.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +79,8 @@ def test_the_readmes_programs_run(
     named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for held in ("_entries", "_sources"):
+        monkeypatch.setattr(DATASETS, held, dict(getattr(DATASETS, held)))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     (text,) = (block for block in blocks if f"{named}(" in block)
     exec(text, {"__name__": "readme"})

@@ -8,6 +8,7 @@ A transform is a table of tensors, so that it can be saved with images and used 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -57,7 +58,7 @@ def from_pixels(transform: Transform, pixels: Tensor) -> Tensor:
     """
     if not pixels.is_floating_point():
         raise UserError(f"pixels must be numbers from 0 to 1, got {pixels.dtype}; divide whole numbers by 255")
-    count = pixels[0].numel() if "whiten" in transform else pixels.shape[-3]
+    count = math.prod(pixels.shape[1:]) if "whiten" in transform else pixels.shape[-3]
     if count != transform["mean"].numel():
         held = "numbers an image" if "whiten" in transform else "channels"
         raise UserError(f"pixels must have {transform['mean'].numel()} {held}, got {list(pixels.shape)}")
