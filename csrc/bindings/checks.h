@@ -105,7 +105,8 @@ class Device {
   explicit Device(const Tensor&) {
     queue.parallel_for = [](int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                             void* state) {
-      if (torch_parallel_for(begin, end, grain, body, state) != 0) fail("ddpp: a kernel can't allocate memory");
+      if (torch_parallel_for(begin, end, grain, body, state) != 0)
+        fail("ddpp: a kernel can't allocate memory");
     };
   }
 #endif
