@@ -159,7 +159,7 @@ def skip(bar: tqdm[NoReturn], images: int) -> None:
 
 
 def side_by_side(
-    calls: Sequence[Callable[[], Result]], device: torch.device, stop: Callable[[], object]
+    calls: Sequence[Callable[[], Result]], device: torch.device, stop: Callable[[], object] = lambda: None
 ) -> Iterator[Result]:
     """The results of calls that train or test a network each, in their order.
 
