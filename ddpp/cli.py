@@ -105,6 +105,22 @@ def run(
     return 0
 
 
+def run_on_run(
+    stage: str,
+    description: str,
+    main: Main,
+    argv: Sequence[str] | None,
+    *,
+    arguments: Callable[[argparse.ArgumentParser], object],
+    without: Collection[str] = (),
+) -> int:
+    """:func:`run` for a stage that trains networks on a run's set, by the options that the run was evaluated with."""
+    sections = ("evaluate", "run")
+    return run(
+        stage, description, "evaluate", sections, main, argv, arguments=arguments, base=config_of_run, without=without
+    )
+
+
 def _out_of_memory(error: BaseException) -> bool:
     """The CPU's allocator has no exception of its own."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -190,17 +190,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Learn classes group by group with a distilled memory, beside herding and random real images."
-    return cli.run(
-        "continual",
-        description,
-        "evaluate",
-        ("evaluate", "run"),
-        _run,
-        argv,
-        arguments=_arguments,
-        base=cli.config_of_run,
-        without=("models", "networks", "full_epochs", "full_lr", "select", "search_lr", "augmentations"),
-    )
+    unread = ("models", "networks", "full_epochs", "full_lr", "select", "search_lr", "augmentations")
+    return cli.run_on_run("continual", description, _run, argv, arguments=_arguments, without=unread)
 
 
 if __name__ == "__main__":

@@ -431,16 +431,8 @@ def _run(config: Config, args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(
-        "evaluate",
-        "Train networks from scratch on a distilled set and test them.",
-        "evaluate",
-        ("evaluate", "run"),
-        _run,
-        argv,
-        arguments=cli.add_run_folder,
-        base=cli.config_of_run,
-    )
+    description = "Train networks from scratch on a distilled set and test them."
+    return cli.run_on_run("evaluate", description, _run, argv, arguments=cli.add_run_folder)
 
 
 if __name__ == "__main__":

@@ -64,10 +64,8 @@ class Registry(Generic[T]):
 
 def _again(entry: object, before: object) -> bool:
     """Whether it is the same one, edited, of a session: a notebook's cell that is run again."""
-    return (
-        all(getattr(entry, name, None) == getattr(before, name, "") for name in ("__module__", "__qualname__"))
-        and getattr(entry, "__module__", "") == "__main__"
-    )
+    names = [(getattr(x, "__module__", None), getattr(x, "__qualname__", None)) for x in (entry, before)]
+    return names[0] == names[1] and names[0][0] == "__main__"
 
 
 def plugins() -> list[str]:

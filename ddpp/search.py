@@ -219,9 +219,7 @@ def _table(result: dict[str, Any]) -> str:
 def _run(config: Config, args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     if not config.evaluate.full_epochs:
-        raise UserError(
-            "a search ranks beside all real images: give --full-epochs above 0, which the run was made with"
-        )
+        raise UserError("a search ranks beside all real images: give --full-epochs above 0")
     dataset = data.load(config.data)
     runs.check_same_data(folder, synthetic.load(folder / "synthetic.safetensors")[1], dataset.fingerprint)
     usual = models.describe(replace(config.model, model="convnet", depth=None), dataset.shape)["depth"]
@@ -245,17 +243,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Rank a grid of ConvNets on a distilled set and compare the ranking with that of all real data."
-    return cli.run(
-        "search",
-        description,
-        "evaluate",
-        ("evaluate", "run"),
-        _run,
-        argv,
-        arguments=_arguments,
-        base=cli.config_of_run,
-        without=("models", "networks", "select", "search_lr", "augmentations"),
-    )
+    unread = ("models", "networks", "select", "search_lr", "augmentations")
+    return cli.run_on_run("search", description, _run, argv, arguments=_arguments, without=unread)
 
 
 if __name__ == "__main__":
