@@ -21,11 +21,11 @@ from machine import processor
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from ddpp import augment, models, training
+from ddpp import augment, models, networks, training
 from ddpp.config import ModelConfig
 from ddpp.models import Network
 from ddpp.ops import dsa_augment
-from ddpp.training import Recipe
+from ddpp.training import Backend, Recipe
 
 CPU = torch.device("cpu")
 
@@ -62,12 +62,12 @@ CASES = {
 
 
 def ours(case: Case, images: Tensor, labels: Tensor, **options: object) -> None:
-    draws = {"seed": 0, "groups": augment.GROUPS, "mode": case.mode}
+    draws, backend = {"seed": 0, "groups": augment.GROUPS, "mode": case.mode}, Backend(CPU, **options)
 
     def one() -> bool:
-        return training.fit(case.network(), images, labels, case.recipe, device=CPU, **draws, **options)
+        return training.fit(case.network(), images, labels, case.recipe, backend, **draws)
 
-    assert all(training.side_by_side([one] * case.networks, CPU))
+    assert all(networks.results_of([one] * case.networks, CPU))
 
 
 def plain(case: Case, images: Tensor, labels: Tensor) -> None:

@@ -50,7 +50,7 @@ from ddpp.ops import norm_pool as faces
 from ddpp.ops._library import using
 from ddpp.ops._streams import SIDES
 from ddpp.ops.head import Linear
-from ddpp.training import Recipe
+from ddpp.training import Backend, Recipe
 from ddpp.unroll import Matching, matching_gradients, provider
 
 Side = Callable[[], object]
@@ -276,9 +276,8 @@ def _training(n: int, epochs: int, device: torch.device) -> dict[str, Side]:
     labels, network = torch.arange(n) % 10, models.build(ModelConfig(), (3, 32, 32), 10, seed=0)
 
     def fit(graphs: bool) -> None:
-        captured = Graphs() if graphs and device.type == "cuda" else None
-        options = {"seed": 0, "device": device, "groups": augment.GROUPS, "graphs": captured}
-        training.fit(network, images, labels, Recipe(epochs, 0.01), **options)
+        backend = Backend(device, graphs=Graphs if graphs and device.type == "cuda" else None)
+        training.fit(network, images, labels, Recipe(epochs, 0.01), backend, seed=0, groups=augment.GROUPS)
 
     return {"fused": lambda: fit(True), "without CUDA graphs": lambda: fit(False)}
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ddpp import augment, cli, data, models, runs, seeds, synthetic, training
+from ddpp import augment, cli, data, models, networks, runs, seeds, synthetic, training
 from ddpp.config import Config
 from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
-from ddpp.gpu import graphs_for
 from ddpp.methods import METHODS, Problem, Selection
+from ddpp.networks import Job, Trainings
 from ddpp.synthetic import Synthetic
-from ddpp.training import Recipe
+from ddpp.training import Backend, Recipe
+
+_PARTS = "continual.jsonl"  # in a run folder: what single networks reached, while not all are done
 
 
 def continual(
@@ -56,22 +59,22 @@ def continual(
     groups = augment.groups_for(config.augment.strategy, dataset.strategy)
     memories = {config.distill.method: [distilled] * orders, **_real(config, dataset, groups, orders, device)}
     ends = [classes * (k + 1) // steps for k in range(steps)]
-    accuracy: dict[str, list[list[float]]] = {name: [[] for _ in ends] for name in memories}
+    recipe = _recipe(config, float(distilled.step_size))
+    order = [
+        torch.randperm(classes, generator=seeds.generator(config.run.seed, "class order", n)) for n in range(orders)
+    ]
+    cases = [(name, end, n) for name in memories for end in ends for n in range(orders)]
     of_a_class = sum(len(held[0].images) // classes for held in memories.values())
-    images = orders * sum(ends) * of_a_class * config.evaluate.epochs
-    with training.images_bar("continual", images) as bar:
-        for n in range(orders):
-            order = torch.randperm(classes, generator=seeds.generator(config.run.seed, "class order", n))
-            for name, held in memories.items():
-                recipe = _recipe(config, float(distilled.step_size))
-                for step, end in enumerate(ends):
-                    found = _network(config, dataset, held[n], order[:end], recipe, groups, device, n, bar.update)
-                    accuracy[name][step].append(found)
-    return {
-        "classes": ends,
-        "orders": orders,
-        "accuracy": {name: [_summary(networks) for networks in found] for name, found in accuracy.items()},
-    }
+    with networks.images_bar("continual", orders * sum(ends) * of_a_class * recipe.epochs) as bar:
+        ledger = runs.Ledger(folder / _PARTS, networks.about(config, dataset))
+        trainings = Trainings(Backend.of(config.run, device), bar, ledger)
+        jobs = [
+            _job(config, dataset, memories[name][n], order[n][:end], recipe, groups, trainings, n)
+            for name, end, n in cases
+        ]
+        found = dict(zip(cases, trainings.run(jobs), strict=True))
+    accuracy = {name: [_summary([found[name, end, n] for n in range(orders)]) for end in ends] for name in memories}
+    return {"classes": ends, "orders": orders, "accuracy": accuracy}
 
 
 def _real(
@@ -92,6 +95,21 @@ def _recipe(config: Config, step_size: float) -> Recipe:
     return Recipe(settings.epochs, lr, settings.momentum, settings.weight_decay, settings.batch, decay=True)
 
 
+def _job(
+    config: Config,
+    dataset: Dataset,
+    memory: Synthetic,
+    seen: Tensor,
+    recipe: Recipe,
+    groups: tuple[str, ...],
+    trainings: Trainings,
+    number: int,
+) -> Job:
+    part = networks.part_of(memory.images, memory.labels, recipe, number, seen.tolist())
+    images = recipe.epochs * len(memory.images) // len(dataset.classes) * len(seen)
+    return Job(part, images, partial(_network, config, dataset, memory, seen, recipe, groups, trainings, number))
+
+
 def _network(
     config: Config,
     dataset: Dataset,
@@ -99,9 +117,8 @@ def _network(
     seen: Tensor,
     recipe: Recipe,
     groups: tuple[str, ...],
-    device: torch.device,
+    trainings: Trainings,
     number: int,
-    on_step: Callable[[int], object],
 ) -> float:
     """Accuracy of one network that was trained on the memory of the classes seen, over those classes."""
     seed = seeds.derive(config.run.seed, "continual network", number, len(seen))
@@ -112,19 +129,14 @@ def _network(
         images,
         labels,
         recipe,
+        trainings.backend,
         seed=seed,
-        device=device,
         groups=groups,
         mode=config.augment.mode,
-        fused=config.run.use_fused_kernels,
-        tile=config.run.winograd,
-        graphs=graphs_for(config.run, device),
-        on_step=on_step,
+        on_step=trainings.advance,
     )
     images, labels = _of_classes(dataset.test_images, dataset.test_labels, seen)
-    return training.accuracy(
-        network, images, labels, device=device, fused=config.run.use_fused_kernels, tile=config.run.winograd
-    )
+    return training.accuracy(network, images, labels, trainings.backend)
 
 
 def _of_classes(images: Tensor | Images, labels: Tensor, seen: Tensor) -> tuple[Tensor | Images, Tensor]:
@@ -150,8 +162,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     axis.set_ylabel("test accuracy over them, percent")
     axis.grid(alpha=0.3)
     axis.legend(title="memory")
-    with runs.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, metadata={"Software": None})
+    runs.write_figure(path, figure)
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -178,6 +189,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
         result = continual(config, dataset, folder, args.steps, args.orders, cli.device(config))
         runs.write_json(folder / "continual.json", result)
         _draw(result, folder / "continual.png")
+        (folder / _PARTS).unlink(missing_ok=True)
     print(_table(result))
     print(f"\nwritten: {folder}/continual.json, continual.png")
 

@@ -6,29 +6,24 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import threading
-import zlib
 from collections.abc import Sequence
-from concurrent.futures import CancelledError
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ddpp import augment, cli, data, models, registry, runs, scores, seeds, synthetic, training
-from ddpp.config import Config, EvaluateConfig, ModelConfig
+from ddpp import augment, cli, data, models, networks, runs, scores, seeds, synthetic, training
+from ddpp.config import Config, ModelConfig
 from ddpp.data import Dataset, Images, policies
 from ddpp.errors import UserError
-from ddpp.gpu import graphs_for
+from ddpp.networks import Job, Trainings
 from ddpp.synthetic import Synthetic
-from ddpp.training import Recipe
+from ddpp.training import Backend, Recipe
 
 _WITHOUT_POLICY = ("none", "dsa")  # augmentations that training itself knows
 _PARTS = "evaluated.jsonl"  # in a run folder: what single networks reached, while not all are done
@@ -61,7 +56,6 @@ class Evaluation:
     Attributes:
         groups: of DSA, none for no augmentation.
         policy: one of :data:`ddpp.data.policies.POLICIES`, or None.
-        ledger: keeps what each network reached, so that an evaluation that was cut goes on; may be left out.
     """
 
     def __init__(
@@ -69,24 +63,20 @@ class Evaluation:
         config: Config,
         dataset: Dataset,
         groups: tuple[str, ...],
-        device: torch.device,
-        progress: tqdm[NoReturn],
-        ledger: runs.Ledger | None = None,
+        trainings: Trainings,
         policy: str | None = None,
     ) -> None:
-        self.config, self.dataset, self.groups, self.device, self.progress = config, dataset, groups, device, progress
-        self.ledger, self.policy = ledger, policy
-        self._stopped = threading.Event()
+        self.config, self.dataset, self.groups, self.trainings, self.policy = config, dataset, groups, trainings, policy
 
     def augmented_by(self, name: str) -> Evaluation:
         """The same with another augmentation: ``none``, ``dsa`` or a policy."""
         groups = augment.parse_strategy(self.dataset.strategy) if name == "dsa" else ()
         policy = None if name in _WITHOUT_POLICY else name
-        return Evaluation(self.config, self.dataset, groups, self.device, self.progress, self.ledger, policy)
+        return Evaluation(self.config, self.dataset, groups, self.trainings, policy)
 
     def network(self, model: str, images: Tensor | Images, labels: Tensor, recipe: Recipe, *key: str | int) -> Scores:
         """Trains one network from scratch and tests it."""
-        seed = seeds.derive(self.config.run.seed, "evaluate", model, *key)
+        seed, backend = seeds.derive(self.config.run.seed, "evaluate", model, *key), self.trainings.backend
         chosen = _model(self.config, model)
         network: nn.Module = models.build(chosen, self.dataset.shape, len(self.dataset.classes), seed=seed)
         if self.policy:
@@ -97,51 +87,26 @@ class Evaluation:
             images,
             labels,
             recipe,
+            backend,
             groups=self.groups,
             mode=self.config.augment.mode,
             seed=seed,
-            fused=self.config.run.use_fused_kernels,
-            tile=self.config.run.winograd,
-            graphs=graphs_for(self.config.run, self.device),
-            device=self.device,
-            on_step=self._advance,
+            on_step=self.trainings.advance,
         )
-        held_out = None
-        if len(self.dataset.val_labels):
-            held_out = self._accuracy(network, self.dataset.val_images, self.dataset.val_labels)
-        return Scores(self._accuracy(network, self.dataset.test_images, self.dataset.test_labels), held_out, finite)
+        held_out, dataset = None, self.dataset
+        if len(dataset.val_labels):
+            held_out = training.accuracy(network, dataset.val_images, dataset.val_labels, backend)
+        tested = training.accuracy(network, dataset.test_images, dataset.test_labels, backend)
+        return Scores(tested, held_out, finite)
 
     def networks(self, jobs: Sequence[tuple[Any, ...]]) -> list[Scores]:
-        """:meth:`network` for each of the arguments, or what the ledger has of it."""
-        found, parts = [], [self._part(*job) if self.ledger else "" for job in jobs]
-        calls = [partial(self._kept_or_trained, part, job) for part, job in zip(parts, jobs, strict=True)]
-        for part, tested in zip(parts, training.side_by_side(calls, self.device, self._stopped.set), strict=True):
-            if self.ledger:
-                self.ledger.add(part, tested)
-            found.append(tested)
-        return found
+        """:meth:`network` for each of the arguments, or what was kept of it."""
+        return [Scores(*tested) for tested in self.trainings.run([self._job(*job) for job in jobs])]
 
-    def _kept_or_trained(self, part: str, job: tuple[Any, ...]) -> Scores:
-        kept = self.ledger.get(part) if self.ledger else None
-        if kept is None:
-            return self.network(*job)
-        _, images, _, recipe, *_ = job
-        with self.progress.get_lock():
-            training.skip(self.progress, recipe.epochs * len(images))
-        return Scores(*kept)
-
-    def _advance(self, images: int) -> None:
-        if self._stopped.is_set():
-            raise CancelledError  # of a network whose accuracy nobody will ask for
-        with self.progress.get_lock():  # networks train in threads
-            self.progress.update(images)
-
-    def _part(self, model: str, images: Tensor | Images, labels: Tensor, recipe: Recipe, *key: str | int) -> str:
-        """Names a network by all that it depends on beside the configuration."""
-        trained_on: list[Any] = ["all"]  # of the data set, which the ledger knows
-        if isinstance(images, Tensor):
-            trained_on = [zlib.crc32(t.contiguous().cpu().numpy().data) for t in (images, labels)]
-        return json.dumps([model, *trained_on, asdict(recipe), self.policy, self.groups, *key])
+    def _job(self, model: str, images: Tensor | Images, labels: Tensor, recipe: Recipe, *key: str | int) -> Job:
+        part = networks.part_of(images, labels, recipe, model, self.policy, self.groups, *key)
+        train = partial(self.network, model, images, labels, recipe, *key)
+        return Job(part, recipe.epochs * len(images), train)
 
     def random(self, model: str, ipc: int, recipe: Recipe) -> list[Scores]:
         """As many real images as there are synthetic ones, another random choice for each network."""
@@ -166,7 +131,7 @@ class Evaluation:
             if best.finite:
                 return best
             of_both = len(images) + self.config.distill.ipc * len(self.dataset.classes)
-            self.progress.total += self.config.evaluate.networks * recipe.epochs * of_both
+            self.trainings.bar.total += self.config.evaluate.networks * recipe.epochs * of_both
             other = self._at(model, trained_on, recipe)
             best = other if other.finite else best
         return best
@@ -186,12 +151,6 @@ class Evaluation:
         """How networks are trained on a synthetic set: at its learned step size unless a rate is given."""
         settings = self.config.evaluate
         return self._recipe(settings.epochs, settings.lr if settings.lr is not None else float(trained_on.step_size))
-
-    def _accuracy(self, network: nn.Module, images: Images, labels: Tensor) -> float:
-        run = self.config.run
-        return training.accuracy(
-            network, images, labels, device=self.device, fused=run.use_fused_kernels, tile=run.winograd
-        )
 
     def _recipe(self, epochs: int, lr: float) -> Recipe:
         settings = self.config.evaluate
@@ -238,8 +197,9 @@ def networks_on(
     held = Synthetic(images, labels, torch.as_tensor(held.step_size).detach())
     groups = augment.groups_for(config.augment.strategy, dataset.strategy)
     count = config.evaluate.networks * config.evaluate.epochs * len(images)
-    with training.images_bar("evaluate", count) as progress, torch.enable_grad():
-        evaluation = Evaluation(config, dataset, groups, torch.device(device), progress)
+    with networks.images_bar("evaluate", count) as progress, torch.enable_grad():
+        trainings = Trainings(Backend.of(config.run, torch.device(device)), progress)
+        evaluation = Evaluation(config, dataset, groups, trainings)
         recipe, model = evaluation.recipe(held), next(iter(config.evaluate.models), config.model.model)
         if not recipe.lr > 0:
             raise UserError(f"the step size must be positive, got {recipe.lr}; it is the networks' learning rate")
@@ -293,14 +253,11 @@ def compare(
     settings = config.evaluate
     candidates = _candidates(folder, settings.select)
     names = settings.models or (config.model.model,)
-    # Not what is asked for in all: each network's part names what it takes of that.
-    same = replace(config, data=replace(config.data, data_root="", download=False), evaluate=EvaluateConfig())
-    about = {"config": asdict(same), "data": dataset.fingerprint, "threads": torch.get_num_threads()}
-    about |= {"plugins": of_plugins} if (of_plugins := registry.plugins()) else {}
     images = len(names) * _images_trained_on(config, dataset, candidates)
-    with runs.alone(folder, "evaluate"), training.images_bar("evaluate", images) as progress:
-        ledger = runs.Ledger(folder / _PARTS, about)
-        evaluation = Evaluation(config, dataset, groups, device, progress, ledger)
+    with runs.alone(folder, "evaluate"), networks.images_bar("evaluate", images) as progress:
+        ledger = runs.Ledger(folder / _PARTS, networks.about(config, dataset))
+        trainings = Trainings(Backend.of(config.run, device), progress, ledger)
+        evaluation = Evaluation(config, dataset, groups, trainings)
         tables = {model: _table(evaluation, model, candidates) for model in names}
     protocol = {"select": settings.select, "networks": settings.networks, "ddof": 1, "epochs": settings.epochs}
     if settings.search_lr:

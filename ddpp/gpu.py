@@ -126,9 +126,9 @@ class _Recording:
         return tuple(None if r is None else r.detach() for r in self.results)
 
 
-def graphs_for(run: RunConfig, device: torch.device) -> Graphs | None:
-    """What student steps and trainings are captured by, where a run's options and its device allow it."""
-    return Graphs() if run.cuda_graphs and run.use_fused_kernels and device.type == "cuda" else None
+def captured(run: RunConfig, device: torch.device) -> bool:
+    """Whether student steps and trainings are captured, as a run's options and its device allow it."""
+    return run.cuda_graphs and run.use_fused_kernels and device.type == "cuda"
 
 
 class Graphs:

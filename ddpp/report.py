@@ -51,7 +51,7 @@ def _draw_images(folder: Path, result: Tensor, classes: Sequence[str]) -> None:
         )
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    _save(figure, folder / "images.png")
+    runs.write_figure(folder / "images.png", figure)
 
 
 def _canvas(images: Tensor, transform: data.Transform, classes: int) -> NDArray[np.float32]:
@@ -80,12 +80,7 @@ def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("outer step")
         axis.set_title(title)
         axis.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    with runs.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, metadata={"Software": None})
+    runs.write_figure(path, figure)
 
 
 def _text(results: dict[str, Any], data_name: str, size: str) -> str:

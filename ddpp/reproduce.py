@@ -367,8 +367,7 @@ def _draw(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> No
     axis.set_title(title)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small")
     axis.grid(axis="y", alpha=0.3)
-    with runs.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, metadata={"Software": None})
+    runs.write_figure(path, figure)
 
 
 def _draw_images(cells: Sequence[Cell], path: Path) -> None:
@@ -380,8 +379,7 @@ def _draw_images(cells: Sequence[Cell], path: Path) -> None:
             axis.imshow(imread(cell.folder / "images.png"))
         axis.set_title(cell.name)
         axis.set_axis_off()
-    with runs.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=160, metadata={"Software": None})
+    runs.write_figure(path, figure)
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:

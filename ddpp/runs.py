@@ -155,6 +155,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_figure(path: Path, figure: Any) -> None:
+    """Saves a figure of matplotlib as PNG, the same bytes each time."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130, metadata={"Software": None})
+
+
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
     """Saves tensors and JSON metadata as one safetensors file."""
     whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}

@@ -1,19 +1,20 @@
 """STAGE 5: ranks ConvNets by training on a distilled set, and says how well that ranks them as all real data does.
 
 ``python -m ddpp.search RUN``. The grid is depth x width x norm x activation x pooling, as in FTD (arXiv 2211.11004) and
-DC (arXiv 2006.05929). Networks that are done stand in ``search.json``: a search that was cut goes on there.
+DC (arXiv 2006.05929). Networks that are done stand in ``search.jsonl``: a search that was cut, or one of a larger grid,
+trains those that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,12 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ddpp import augment, cli, data, models, registry, runs, seeds, synthetic, training
+from ddpp import augment, cli, data, models, networks, runs, seeds, synthetic, training
 from ddpp.config import Config, ModelConfig
 from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
-from ddpp.gpu import graphs_for
-from ddpp.synthetic import Synthetic
-from ddpp.training import Recipe
+from ddpp.networks import Job, Trainings
+from ddpp.training import Backend, Recipe
 
 PROXIES = ("distilled", "random", "full")
 _OPTIONS = ("depth", "width", "norm", "activation", "pooling")
@@ -79,22 +79,15 @@ def search(
         "random": (random.images, random.labels, few),
         "full": (dataset.train_images, dataset.train_labels, many),
     }
-    path = folder / "search.json"
-    about = _about(config, dataset, distilled)
-    done = _begun(path, candidates, about)
     of_each = sum(recipe.epochs * len(labels) for _, labels, recipe in sets.values())
-    bar = training.images_bar("search", len(candidates) * of_each, done=len(done) * of_each)
-    with runs.Interruption() as interruption, bar:
-        for model in candidates[len(done) :]:
-            row: dict[str, Any] = {"model": _options(model)}
-            for proxy, (images, labels, recipe) in sets.items():
-                row[proxy] = _trained(config, dataset, model, images, labels, recipe, device, bar.update)
-            done.append(row)
-            runs.write_json(path, {"about": about, "protocol": _protocol(settings), "networks": done})
-            if interruption.signal is not None:
-                raise runs.Stopped(f"stopped after {len(done)} of {len(candidates)} networks", interruption.signal)
-    result = {"about": about, "protocol": _protocol(settings), "networks": done, **_summary(done)}
-    runs.write_json(path, result)
+    with networks.images_bar("search", len(candidates) * of_each) as bar:
+        ledger = runs.Ledger(folder / "search.jsonl", networks.about(config, dataset))
+        trainings = Trainings(Backend.of(config.run, device), bar, ledger)
+        jobs = [_job(config, dataset, model, *on, trainings) for model in candidates for on in sets.values()]
+        found = iter(trainings.run(jobs))
+    done = [{"model": _options(model), **{proxy: next(found) for proxy in sets}} for model in candidates]
+    result = {"protocol": _protocol(settings), "networks": done, **_summary(done)}
+    runs.write_json(folder / "search.json", result)
     return result
 
 
@@ -112,6 +105,19 @@ def _ranks(values: Any) -> Any:
     return (last - (count - 1) / 2)[place]
 
 
+def _job(
+    config: Config,
+    dataset: Dataset,
+    model: ModelConfig,
+    images: Tensor | Images,
+    labels: Tensor,
+    recipe: Recipe,
+    trainings: Trainings,
+) -> Job:
+    train = partial(_trained, config, dataset, model, images, labels, recipe, trainings)
+    return Job(networks.part_of(images, labels, recipe, _options(model)), recipe.epochs * len(images), train)
+
+
 def _trained(
     config: Config,
     dataset: Dataset,
@@ -119,8 +125,7 @@ def _trained(
     images: Tensor | Images,
     labels: Tensor,
     recipe: Recipe,
-    device: torch.device,
-    on_step: Callable[[int], object],
+    trainings: Trainings,
 ) -> dict[str, float]:
     """Test accuracy of one network and the seconds of its training."""
     seed = seeds.derive(config.run.seed, "search network", json.dumps(_options(model)))
@@ -131,24 +136,14 @@ def _trained(
         images,
         labels,
         recipe,
+        trainings.backend,
         seed=seed,
-        device=device,
         groups=augment.groups_for(config.augment.strategy, dataset.strategy),
         mode=config.augment.mode,
-        fused=config.run.use_fused_kernels,
-        tile=config.run.winograd,
-        graphs=graphs_for(config.run, device),
-        on_step=on_step,
+        on_step=trainings.advance,
     )
     seconds = time.perf_counter() - began
-    found = training.accuracy(
-        network,
-        dataset.test_images,
-        dataset.test_labels,
-        device=device,
-        fused=config.run.use_fused_kernels,
-        tile=config.run.winograd,
-    )
+    found = training.accuracy(network, dataset.test_images, dataset.test_labels, trainings.backend)
     return {"accuracy": found, "seconds": seconds}
 
 
@@ -160,26 +155,6 @@ def _summary(done: list[dict[str, Any]]) -> dict[str, Any]:
         "best": {proxy: {"accuracy": accuracy["full"][i], "model": done[i]["model"]} for proxy, i in first.items()},
         "seconds": {proxy: sum(row[proxy]["seconds"] for row in done) for proxy in PROXIES},
     }
-
-
-def _about(config: Config, dataset: Dataset, distilled: Synthetic) -> str:
-    """A digest of all that a network's figures depend on beside its own options."""
-    same = replace(config, data=replace(config.data, data_root="", download=False))
-    of_set = [t.cpu().numpy().tobytes() for t in (distilled.images, distilled.labels, distilled.step_size)]
-    words = json.dumps([asdict(same), dataset.fingerprint, registry.plugins()])
-    return hashlib.sha256(b"".join([words.encode(), *of_set])).hexdigest()
-
-
-def _begun(path: Path, candidates: Sequence[ModelConfig], about: str) -> list[dict[str, Any]]:
-    """What an earlier search of the same networks by the same recipe has done."""
-    if not path.is_file():
-        return []
-    held = runs.read_json(path)
-    rows: list[dict[str, Any]] = held["networks"]
-    same = all(row["model"] == _options(model) for row, model in zip(rows, candidates, strict=False))
-    if held.get("about") != about or not same or len(rows) > len(candidates):
-        return []
-    return rows
 
 
 def _protocol(settings: Any) -> dict[str, Any]:
@@ -202,8 +177,7 @@ def _draw(result: dict[str, Any], path: Path) -> None:
         axis.set_title(f"rank correlation {result['rank_correlation'][proxy]:.2f}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("trained on all real images, percent")
-    with runs.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, metadata={"Software": None})
+    runs.write_figure(path, figure)
 
 
 def _table(result: dict[str, Any]) -> str:

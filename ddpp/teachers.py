@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpp import augment, cli, data, models, runs, seeds, training, trajectories
+from ddpp import augment, cli, data, models, networks, runs, seeds, training, trajectories
 from ddpp.config import Config
 from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
-from ddpp.gpu import graphs_for
 from ddpp.models import flat
-from ddpp.training import Recipe, Standing
+from ddpp.training import Backend, Recipe, Standing
 from ddpp.trajectories import Begun, Trajectory
 
 _BUFFER, _VELOCITY = "buffer.", "velocity"
@@ -62,7 +61,7 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
     if (steps := -(-len(dataset.train_labels) // config.teachers.batch)) < _FEW_STEPS:
         many = f"{len(dataset.train_labels)} images in batches of {config.teachers.batch}"
         print(f"{many}: a teacher takes {steps} steps an epoch, which is little to follow; take smaller batches of it")
-    bar = training.images_bar("teachers", len(missing) * images, shown=progress)
+    bar = networks.images_bar("teachers", len(missing) * images, shown=progress)
     with runs.Interruption() as interruption, bar:
         while missing:
             with trajectories.begin(folder, count, description, seed) as begun:
@@ -71,7 +70,7 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
                 else:
                     _train(config, dataset, device, begun, bar, interruption)
             left = trajectories.missing(folder, count)
-            training.skip(bar, (len(missing) - len(left) - (begun is not None)) * images)
+            networks.skip(bar, (len(missing) - len(left) - (begun is not None)) * images)
             missing = left
     if interruption.signal is not None:
         raise runs.Stopped(f"stopped; all teachers are finished and kept in {folder}", interruption.signal)
@@ -157,7 +156,7 @@ def _train(
     """Trains one teacher, from its last epoch that was kept on, and writes its file."""
     path = begun.folder.parent / trajectories.file_name(begun.meta["index"])
     bar.set_postfix_str(path.stem)
-    training.skip(bar, max(begun.epochs, 0) * len(dataset.train_labels))
+    networks.skip(bar, max(begun.epochs, 0) * len(dataset.train_labels))
     layout = _train_one(config, dataset, device, begun, partial(_advance, bar, interruption, begun))
     trajectories.write(path, begun.snapshots, begun.accuracy, {**begun.meta, "layout": layout})
     begun.discard()
@@ -192,10 +191,10 @@ def _train_one(
     model.to(device)
     images, labels = _tested(dataset, key[0])
     images, labels = images.to(device), labels.to(device)  # once, and not at each epoch
-    fused, tile = config.run.use_fused_kernels, config.run.winograd
+    backend = Backend.of(config.run, device)
 
     def keep(standing: Standing) -> None:
-        found = training.accuracy(model, images, labels, device=device, fused=fused, tile=tile)
+        found = training.accuracy(model, images, labels, backend)
         begun.add(flat.flatten(model).cpu(), found, _state(model, standing))
 
     start = _go_on(model, begun) if begun.snapshots else training.BEGINNING
@@ -206,13 +205,10 @@ def _train_one(
         dataset.train_images,
         dataset.train_labels,
         _recipe(config),
+        backend,
         seed=seeds.derive(*key, "training"),
-        device=device,
         groups=_groups(config, dataset),
         mode=config.augment.mode,
-        fused=fused,
-        tile=tile,
-        graphs=graphs_for(config.run, device),
         start=start,
         on_step=on_step,
         on_epoch=keep,

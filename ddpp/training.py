@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ddpp import augment, seeds
+from ddpp.config import RunConfig
 from ddpp.data import Images
 from ddpp.dual import ConvNetStep
 from ddpp.errors import UserError
-from ddpp.gpu import Graphs
+from ddpp.gpu import Graphs, captured
 from ddpp.models import Network, flat
 from ddpp.ops import dsa_augment
 from ddpp.ops._library import implementation
 
+_CPU = torch.device("cpu")
 _STEPS_DRAWN_AT_ONCE = 64
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,31 @@ class Recipe:
         return self.lr * (0.1 if self.decay and epoch >= self.epochs // 2 + 2 else 1)
 
 
+@dataclass(frozen=True)
+class Backend:
+    """Where networks are calculated, and by which code.
+
+    Attributes:
+        fused: compiled kernels for the augmentation and for the gradient of a ConvNet that :mod:`ddpp.dual` suits,
+            whose parameters become views of one flat vector; False is pure PyTorch.
+        tile: side of that ConvNet's Winograd tiles on the CPU: 2, 4 (faster, less exact) or 0, none.
+        graphs: makes what captures that ConvNet's gradient in one training; None where nothing is captured.
+    """
+
+    device: torch.device = _CPU
+    fused: bool = True
+    tile: int = 2
+    graphs: Callable[[], Graphs] | None = None
+
+    @classmethod
+    def of(cls, run: RunConfig, device: torch.device) -> Backend:
+        """What a run's options say of it."""
+        return cls(device, run.use_fused_kernels, run.winograd, Graphs if captured(run, device) else None)
+
+
+ON_CPU = Backend()
+
+
 class Standing(NamedTuple):
     """Where a training stands after an epoch: beside the network, all that it goes on from."""
 
@@ -69,14 +92,11 @@ def fit(
     images: Tensor | Images,
     labels: Tensor,
     recipe: Recipe,
+    backend: Backend = ON_CPU,
     *,
     seed: int,
-    device: torch.device,
     groups: Collection[str] = (),
     mode: str = "one",
-    fused: bool = True,
-    tile: int = 2,
-    graphs: Graphs | None = None,
     start: Standing = BEGINNING,
     on_step: Callable[[int], object] | None = None,
     on_epoch: Callable[[Standing], None] | None = None,
@@ -84,16 +104,12 @@ def fit(
     """Trains a network in place. Every draw depends on ``seed`` alone.
 
     Args:
-        model: the network; moved to ``device``.
+        model: the network; moved to the backend's device.
         images: normalised or whitened images. [N, C, H, W]
         labels: class indices int64 [N], or soft labels as logits, floating point [N, K]: the loss is then
             -sum softmax(labels) log_softmax(outputs), as in DATM (arXiv 2310.05773).
         groups: augmentation groups, none for no augmentation.
         mode: ``"one"`` group a batch, or ``"all"`` of them.
-        fused: compiled kernels for the augmentation and for the gradient of a ConvNet that :mod:`ddpp.dual` suits,
-            whose parameters become views of one flat vector; False is pure PyTorch.
-        tile: side of that ConvNet's Winograd tiles on the CPU: 2, 4 (faster, less exact) or 0, none.
-        graphs: holds that ConvNet's gradient as CUDA graphs, one for each size of batch; for this training alone.
         start: where an earlier training of this network stood; the rest of it gives the same bytes as the whole.
         on_step: called after each update with the number of its images.
         on_epoch: called after each epoch.
@@ -105,17 +121,18 @@ def fit(
         UserError: no images, not as many labels, or labels that the network has no output for.
     """
     _check_labels(model, images, labels)
+    device = backend.device
     model.to(device).train()
     kind = next(model.parameters()).dtype if labels.is_floating_point() else labels.dtype
     images, labels = images.to(device), labels.to(device, kind)
-    gradients = _gradients(model, device, fused, tile, graphs)
+    gradients = _gradients(model, backend)
     optimizer = _sgd(gradients.parameters, recipe, recipe.rate(start.epochs))
     _set_velocity(optimizer, gradients.parameters, start.velocity)
     for epoch, batches in _epochs(images.shape, recipe, seed, device, groups, mode, start.epochs):
         if recipe.rate(epoch) != recipe.rate(epoch - 1):
             optimizer = _sgd(gradients.parameters, recipe, recipe.rate(epoch))
         for chosen, plan in batches:
-            batch = images[chosen] if plan is None else dsa_augment(images[chosen], plan, fused=fused)
+            batch = images[chosen] if plan is None else dsa_augment(images[chosen], plan, fused=backend.fused)
             gradients.set(batch, labels[chosen])
             if recipe.sharpness_radius:
                 _flatten_gradient(gradients, batch, labels[chosen], recipe)
@@ -144,44 +161,6 @@ def _check_labels(model: nn.Module, images: Tensor | Images, labels: Tensor) -> 
         )
 
 
-def images_bar(what: str, total: int, *, done: int = 0, shown: bool = True) -> tqdm[NoReturn]:
-    """A bar of the images that networks are trained on, so that time left is told long before the first is trained."""
-    return tqdm(total=total, initial=done, desc=what, unit=" images", unit_scale=True, disable=not shown)
-
-
-def skip(bar: tqdm[NoReturn], images: int) -> None:
-    """Counts images of an earlier training on a bar, where they say nothing of the speed of this one."""
-    if not bar.disable:
-        bar.initial += images
-        bar.n += images
-        bar.last_print_n += images
-        bar.refresh()
-
-
-def side_by_side(
-    calls: Sequence[Callable[[], Result]], device: torch.device, stop: Callable[[], object] = lambda: None
-) -> Iterator[Result]:
-    """The results of calls that train or test a network each, in their order.
-
-    On a CPU a call has a thread: they need not wait for each other, as threads within an operator do. Where not all
-    results are taken, as after Ctrl-C, ``stop`` is called, upon which the calls that have begun should end.
-    """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or min(threads, len(calls)) <= 1:
-        yield from (call() for call in calls)
-        return
-    pool = ThreadPoolExecutor(threads)
-    torch.set_num_threads(1)  # also of the threads that begin from now on
-    try:
-        yield from pool.map(lambda call: call(), calls)
-    except BaseException:
-        stop()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
 class _Autograd:
     """Sets the gradients of any network's mean cross-entropy by its parameters."""
 
@@ -197,9 +176,9 @@ class _Autograd:
 class _Fused:
     """The same for a ConvNet, by one flat vector, of which the network's parameters become views."""
 
-    def __init__(self, model: Network, tile: int, graphs: Graphs | None) -> None:
-        self.step, self.theta = ConvNetStep(model, tile), nn.Parameter(flat.flatten(model))
-        self.gradient = partial(graphs, self.step.gradient) if graphs else self.step.gradient
+    def __init__(self, model: Network, backend: Backend) -> None:
+        self.step, self.theta = ConvNetStep(model, backend.tile), nn.Parameter(flat.flatten(model))
+        self.gradient = partial(backend.graphs(), self.step.gradient) if backend.graphs else self.step.gradient
         self.parameters = [self.theta]
         views = flat.unflatten(self.theta.detach(), self.step.layout)
         for name, parameter in model.named_parameters():
@@ -209,18 +188,15 @@ class _Fused:
         self.theta.grad = self.gradient(self.theta.detach(), images, labels)
 
 
-def _gradients(
-    model: nn.Module, device: torch.device, fused: bool, tile: int, graphs: Graphs | None
-) -> _Autograd | _Fused:
-    if fused and isinstance(model, Network) and _suits(model, device):
-        return _Fused(model, tile, graphs)
-    return _Autograd(model)
+def _gradients(model: nn.Module, backend: Backend) -> _Autograd | _Fused:
+    return _Fused(model, backend) if _suits(model, backend) else _Autograd(model)
 
 
-def _suits(model: Network, device: torch.device) -> bool:
-    known = device.type in ("cpu", "cuda")
-    compiled = known and implementation("norm_relu_pool", device.type)[0] != "pure PyTorch"  # else autograd is faster
-    return compiled and ConvNetStep.suits(model)
+def _suits(model: nn.Module, backend: Backend) -> TypeGuard[Network]:
+    kind = backend.device.type
+    known = backend.fused and kind in ("cpu", "cuda")
+    compiled = known and implementation("norm_relu_pool", kind)[0] != "pure PyTorch"  # else autograd is faster
+    return compiled and isinstance(model, Network) and ConvNetStep.suits(model)
 
 
 def _flatten_gradient(gradients: _Autograd | _Fused, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
@@ -253,23 +229,20 @@ def accuracy(
     model: nn.Module,
     images: Tensor | Images,
     labels: Tensor,
+    backend: Backend = ON_CPU,
     *,
-    device: torch.device,
     batch: int = 500,
-    fused: bool = True,
-    tile: int = 2,
 ) -> float:
     """Share of images [N, C, H, W] that a network classifies as their labels [N] say, in percent.
-
-    ``fused`` and ``tile`` as in :func:`fit`.
 
     A network whose outputs are not numbers has the accuracy of always answering the first class.
     """
     training = model.training
     model.eval()
     outputs: Callable[[Tensor], Tensor] = model
-    if fused and isinstance(model, Network) and _suits(model, device):
-        outputs = partial(ConvNetStep(model, tile).logits, flat.flatten(model))
+    if _suits(model, backend):
+        outputs = partial(ConvNetStep(model, backend.tile).logits, flat.flatten(model))
+    device = backend.device
     images, labels = images.to(device), labels.to(device)
     right = torch.zeros((), dtype=torch.int64, device=device)
     for part, truth in zip(images.split(batch), labels.split(batch), strict=True):

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpp import training
+from ddpp import networks
 from ddpp.ops import _library
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,13 +123,13 @@ def two_threads() -> Iterator[None]:
 def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The bars of images that stages show from now on."""
     shown: list[Any] = []
-    plain = training.images_bar
+    plain = networks.images_bar
 
     def noted(*args: Any, **options: Any) -> Any:
         shown.append(plain(*args, **options))
         return shown[-1]
 
-    monkeypatch.setattr(training, "images_bar", noted)
+    monkeypatch.setattr(networks, "images_bar", noted)
     return shown
 
 

@@ -128,7 +128,7 @@ def test_flat_minima_on_a_quadratic() -> None:
     across = g - (g * h).sum() / (h * h).sum() * h
     recipe = Recipe(1, lr=0.5, batch=4, sharpness_radius=0.1, sharpness_weight=0.3)
     wrapped = nn.Sequential(nn.Flatten(), model)
-    assert training.fit(wrapped, x[:, :, None, None], y, recipe, seed=0, device=torch.device("cpu"))
+    assert training.fit(wrapped, x[:, :, None, None], y, recipe, seed=0)
     torch.testing.assert_close(model.weight.detach(), w - 0.5 * (h - 0.3 * across), rtol=1e-5, atol=1e-6)
 
 

@@ -347,10 +347,11 @@ def test_a_searched_rate_is_one_at_which_no_network_diverges(
     first, _ = searched()
     fit, calls = evaluate.training.fit, []
 
-    def diverging(network: Any, images: Any, labels: Any, recipe: Any, **options: Any) -> bool:
+    def diverging(network: Any, images: Any, labels: Any, recipe: Any, *backend: Any, **options: Any) -> bool:
         """At the best rate the network of the search does well and one of those after it does not."""
         calls.append(recipe.lr)
-        return fit(network, images, labels, recipe, **options) and not (recipe.lr == first["lr"] and len(calls) > 10)
+        stayed = fit(network, images, labels, recipe, *backend, **options)
+        return stayed and not (recipe.lr == first["lr"] and len(calls) > 10)
 
     monkeypatch.setattr(evaluate.training, "fit", diverging)
     distilled, random = searched()

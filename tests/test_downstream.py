@@ -215,9 +215,30 @@ def test_continual_learning_with_three_memories(
     assert (finished / "continual.png").stat().st_size > 1000
     assert "| dm |" in capsys.readouterr().out
     assert [bar.n for bar in bars] == [bar.total for bar in bars]
+    assert not (finished / "continual.jsonl").exists()
     for wrong in (["--steps", "11"], ["--orders", "0"]):
         assert continual.main([str(finished), *wrong]) == 2
         assert f"error: {wrong[0]} must be" in capsys.readouterr().err
+
+
+def test_continual_learning_that_was_cut_goes_on(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = [str(finished), "--steps", "2", "--orders", "2", "--epochs", "2", "--threads", "1"]
+    assert continual.main(argv) == 0
+    whole = (finished / "continual.json").read_text()
+    plain, trained = continual._network, []
+
+    def cut(*job: Any) -> float:
+        if len(trained) == 5:
+            raise KeyboardInterrupt
+        trained.append(job)
+        return plain(*job)
+
+    monkeypatch.setattr(continual, "_network", cut)
+    assert continual.main(argv) == 130
+    assert len((finished / "continual.jsonl").read_text().splitlines()) == 1 + 5
+    monkeypatch.setattr(continual, "_network", lambda *job: (trained.append(job), plain(*job))[1])
+    assert continual.main(argv) == 0 and len(trained) == 3 * 2 * 2
+    assert (finished / "continual.json").read_text() == whole
 
 
 def test_a_run_is_used_where_its_data_are_by_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,8 +276,8 @@ def test_a_search_ranks_and_goes_on_where_it_was_cut(
     assert search.main(argv) == 0
     result = json.loads((finished / "search.json").read_text())
     assert len(result["networks"]) == 4 and -1 <= result["rank_correlation"]["distilled"] <= 1
-    held = {**result, "networks": result["networks"][:3]}
-    (finished / "search.json").write_text(json.dumps(held))
+    kept = (finished / "search.jsonl").read_text().splitlines(keepends=True)
+    (finished / "search.jsonl").write_text("".join(kept[:-3]))
     trained = []
     plain = search._trained
     monkeypatch.setattr(search, "_trained", lambda *a: (trained.append(a[2]), plain(*a))[1])
@@ -267,9 +288,13 @@ def test_a_search_ranks_and_goes_on_where_it_was_cut(
         row["full"]["accuracy"] for row in result["networks"]
     ]
     assert "ranked by" in capsys.readouterr().out
-    for other in (["--seed", "1"], ["--momentum", "0.9"]):  # is another search
+    for other, missing in (
+        (["--norm", "instance", "none", "layer"], 6),
+        (["--momentum", "0.5"], 12),
+        (["--seed", "1"], 12),
+    ):
         trained.clear()
-        assert search.main([*argv, *other]) == 0 and len(trained) == 12
+        assert search.main([*argv, *other]) == 0 and len(trained) == missing
     assert search.main([*argv, "--full-epochs", "0"]) == 2
     assert "a search ranks beside all real images: give --full-epochs above 0" in capsys.readouterr().err
     assert [bar.n for bar in bars] == [bar.total for bar in bars]

@@ -326,12 +326,13 @@ def test_nobody_waits_when_pixels_move() -> None:
         assert state.moved(update, DistillConfig(ema=0.5)).finite().dtype == torch.bool
 
 
-def trained(device: str, recipe: training.Recipe, graphs: Graphs | None) -> Tensor:
+def trained(device: str, recipe: training.Recipe, graphs: Callable[[], Graphs] | None) -> Tensor:
     """A network's parameters after training on batches of two sizes."""
     images = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     network = models.build(ModelConfig(width=8), (1, 8, 8), 3, seed=0).double()
-    options = {"seed": 0, "device": torch.device(device), "groups": augment.GROUPS, "mode": "all", "graphs": graphs}
-    assert training.fit(network, images, torch.arange(20) % 3, recipe, **options)
+    backend = training.Backend(torch.device(device), graphs=graphs)
+    labels, draws = torch.arange(20) % 3, {"groups": augment.GROUPS, "mode": "all"}
+    assert training.fit(network, images, labels, recipe, backend, seed=0, **draws)
     return flat.flatten(network)
 
 
@@ -344,7 +345,7 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_graphs_train_to_the_same_bits(recipe: training.Recipe) -> None:
     recorder = Recorder()
-    found, wanted = trained("cpu", recipe, Graphs(recorder)), trained("cpu", recipe, None)
+    found, wanted = trained("cpu", recipe, lambda: Graphs(recorder)), trained("cpu", recipe, None)
     compiled = implementation("norm_relu_pool", "cpu")[0] != "pure PyTorch"  # else autograd trains, which has no graphs
     assert torch.equal(found, wanted) and recorder.captured == 2 * compiled
 
@@ -354,7 +355,7 @@ def test_graphs_train_to_the_same_bits(recipe: training.Recipe) -> None:
 def test_training_captured_on_a_gpu(recipe: training.Recipe) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a capture that failed
-        found = trained("cuda", recipe, Graphs())
+        found = trained("cuda", recipe, Graphs)
     torch.testing.assert_close(found, trained("cuda", recipe, None), rtol=1e-9, atol=1e-12)
 
 

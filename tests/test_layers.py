@@ -26,6 +26,7 @@ LEVELS: dict[str, float] = {
     "trajectories": 3,
     "unroll": 3,
     "training": 3,
+    "networks": 3.2,
     "parameterization": 3,
     "scores": 3,
     "synthetic": 3.5,  # may ask teachers

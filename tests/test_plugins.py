@@ -366,7 +366,7 @@ def test_networks_of_other_kinds_train(name: str, tmp_path: Path) -> None:
     network = models.build(config.ModelConfig(model=name), (1, 8, 8), 2, seed=0)
     assert all(buffer.eq(0).all() for key, buffer in network.named_buffers() if key.endswith("running_mean"))
     images, labels = torch.randn(6, 1, 8, 8), torch.arange(6) % 2
-    assert training.fit(network, images, labels, training.Recipe(2, lr=0.1), seed=0, device=torch.device("cpu"))
+    assert training.fit(network, images, labels, training.Recipe(2, lr=0.1), seed=0)
 
 
 @pytest.mark.parametrize("channels", [2, 4])

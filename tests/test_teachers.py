@@ -78,12 +78,11 @@ def test_snapshots_follow_the_training(tmp_path: Path, dataset: Dataset) -> None
         dataset.train_labels,
         Recipe(3, lr=0.1, batch=32),
         seed=seeds.derive(0, "teacher", 0, "training"),
-        device=CPU,
         on_epoch=lambda _: rows.append(flat.flatten(model)),
     )
     for epoch, row in enumerate(rows):
         assert torch.equal(found.rows(epoch, 0)[0], row)
-    last = training.accuracy(model, dataset.val_images, dataset.val_labels, device=CPU)
+    last = training.accuracy(model, dataset.val_images, dataset.val_labels)
     assert found.accuracy()[-1] == pytest.approx(last)
 
 
@@ -93,7 +92,7 @@ def test_without_a_held_out_part_accuracy_is_of_the_training_part(tmp_path: Path
     (found,) = open_all(train(config, without), config, without)
     model = models.build(config.model, dataset.shape, 10, seed=0)
     flat.load_flat_(model, found.rows(0, 3)[1])
-    expected = training.accuracy(model, dataset.train_images, dataset.train_labels, device=CPU)
+    expected = training.accuracy(model, dataset.train_images, dataset.train_labels)
     assert found.accuracy()[-1] == pytest.approx(expected)
 
 

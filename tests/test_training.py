@@ -14,9 +14,7 @@ from ddpp.config import ModelConfig
 from ddpp.errors import UserError
 from ddpp.models import Network, flat
 from ddpp.ops._library import implementation
-from ddpp.training import Recipe
-
-CPU = torch.device("cpu")
+from ddpp.training import Backend, Recipe
 
 
 def network(seed: int = 0) -> Network:
@@ -32,17 +30,18 @@ def examples(count: int = 30) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def trained(recipe: Recipe, labels: Tensor | None = None, **options: object) -> Tensor:
+def trained(recipe: Recipe, labels: Tensor | None = None, fused: bool = True, **options: object) -> Tensor:
     model, (images, truth) = network(), examples()
-    training.fit(model, images, truth if labels is None else labels, recipe, **{"seed": 1, "device": CPU, **options})
+    labels = truth if labels is None else labels
+    training.fit(model, images, labels, recipe, Backend(fused=fused), **{"seed": 1, **options})
     return flat.flatten(model)
 
 
 def test_it_learns() -> None:
     model, (images, labels) = network(), examples()
-    before = training.accuracy(model, images, labels, device=CPU)
-    assert training.fit(model, images, labels, Recipe(20, lr=0.1, batch=8), seed=0, device=CPU)
-    after = training.accuracy(model, images, labels, device=CPU, batch=7)
+    before = training.accuracy(model, images, labels)
+    assert training.fit(model, images, labels, Recipe(20, lr=0.1, batch=8), seed=0)
+    after = training.accuracy(model, images, labels, batch=7)
     assert before < 70
     assert after == 100
 
@@ -80,7 +79,8 @@ def test_compiled_kernels_train_as_pure_pytorch_does(tile: int, recipe: Recipe, 
 
     def end(**options: object) -> Tensor:
         model = network().to(dtype)
-        training.fit(model, images.to(dtype), labels, recipe, seed=1, device=CPU, groups=GROUPS, mode="all", **options)
+        draws = {"seed": 1, "groups": GROUPS, "mode": "all"}
+        training.fit(model, images.to(dtype), labels, recipe, Backend(**options), **draws)
         return flat.flatten(model)
 
     atol = 1e-11 if dtype == torch.float64 else 1e-4
@@ -92,7 +92,7 @@ def test_the_network_follows_each_step(fused: bool) -> None:
     model, (images, labels) = network(), examples()
     seen = [flat.flatten(model)]
     recipe = Recipe(2, lr=0.1, batch=10)
-    options = {"seed": 0, "device": CPU, "fused": fused}
+    options = {"seed": 0, "backend": Backend(fused=fused)}
     training.fit(model, images, labels, recipe, on_step=lambda _: seen.append(flat.flatten(model)), **options)
     assert all(not torch.equal(before, after) for before, after in itertools.pairwise(seen))
     assert torch.equal(seen[-1], flat.flatten(model))
@@ -105,7 +105,7 @@ def test_compiled_kernels_only_where_they_are_wanted_and_suit(fused: bool) -> No
     for activation in ("relu", "sigmoid"):
         model = models.build(ModelConfig(width=8, activation=activation), (1, 8, 8), 3, seed=0)
         images, labels = examples()
-        training.fit(model, images, labels, Recipe(1, lr=0.1), seed=0, device=CPU, fused=fused)
+        training.fit(model, images, labels, Recipe(1, lr=0.1), Backend(fused=fused), seed=0)
         memories = {p.untyped_storage().data_ptr() for p in model.parameters()}
         assert (len(memories) == 1) == (fused and compiled and activation == "relu")
 
@@ -145,7 +145,7 @@ def test_every_image_is_seen_once_an_epoch() -> None:
     with torch.no_grad():
         seen[1].weight.zero_()
     recipe = Recipe(3, lr=1e-6, batch=5)
-    training.fit(seen, images, torch.zeros(20, dtype=torch.int64), recipe, seed=0, device=CPU)
+    training.fit(seen, images, torch.zeros(20, dtype=torch.int64), recipe, seed=0)
     each = 3 * 1e-6 * 0.5 / 5  # at two equal outputs the gradient of an image is 1/2, over a batch of 5
     torch.testing.assert_close(seen[1].weight[0].detach(), torch.full((20,), each), rtol=1e-3, atol=0)
 
@@ -166,8 +166,8 @@ def test_soft_labels_are_logits() -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_divergence_is_told_and_not_raised(fused: bool) -> None:
     model, (images, labels) = network(), examples()
-    assert not training.fit(model, images, labels, Recipe(4, lr=1e30, batch=8), seed=0, device=CPU, fused=fused)
-    assert 0 <= training.accuracy(model, images, labels, device=CPU) <= 100
+    assert not training.fit(model, images, labels, Recipe(4, lr=1e30, batch=8), Backend(fused=fused), seed=0)
+    assert 0 <= training.accuracy(model, images, labels) <= 100
 
 
 def test_callbacks_come_after_each_step_and_epoch() -> None:
@@ -186,7 +186,7 @@ def test_callbacks_come_after_each_step_and_epoch() -> None:
 def test_a_training_that_was_cut_goes_on_to_the_same_bytes(momentum: float, batch: int, fused: bool) -> None:
     """Cut after each of its epochs, the one at which the rate falls and those that are drawn together among them."""
     recipe = Recipe(20, lr=0.05, momentum=momentum, weight_decay=0.01, batch=batch, decay=True)
-    options = {"seed": 1, "device": CPU, "groups": GROUPS, "fused": fused}
+    options = {"seed": 1, "backend": Backend(fused=fused), "groups": GROUPS}
     images, labels = examples()
     whole, kept = network(), []
     training.fit(whole, images, labels, recipe, **options, on_epoch=lambda at: kept.append((flat.flatten(whole), at)))
@@ -214,7 +214,7 @@ class Spare(Network):
 @pytest.mark.parametrize("first", [True, False])
 def test_a_parameter_without_a_gradient_is_no_obstacle(first: bool) -> None:
     recipe, (images, labels), kept = Recipe(4, lr=0.05, momentum=0.9, batch=8), examples(), []
-    options = {"seed": 1, "device": CPU, "groups": ()}
+    options = {"seed": 1, "groups": ()}
     whole = Spare(first)
     begin = flat.flatten(whole)
     training.fit(whole, images, labels, recipe, **options, on_epoch=lambda at: kept.append((flat.flatten(whole), at)))
@@ -239,7 +239,7 @@ def test_accuracy_is_a_share_in_percent_and_leaves_the_mode() -> None:
     expected = 100 * float((answers == labels).float().mean())
     model.train()
     for fused in (True, False):
-        found = training.accuracy(model, images, labels, device=CPU, batch=4, fused=fused)
+        found = training.accuracy(model, images, labels, Backend(fused=fused), batch=4)
         assert math.isclose(found, expected, rel_tol=1e-6)
     assert model.training
 
@@ -248,7 +248,7 @@ def test_labels_must_match_the_images() -> None:
     images, labels = examples()
     for few, what in ((images[:0], "0 and 30"), (images[:5], "5 and 30")):
         with pytest.raises(UserError, match=f"one label an image, got {what}"):
-            training.fit(network(), few, labels, Recipe(1, lr=0.1), seed=0, device=CPU)
+            training.fit(network(), few, labels, Recipe(1, lr=0.1), seed=0)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -263,4 +263,4 @@ def test_labels_must_be_classes_of_the_network(fused: bool) -> None:
     ):
         message = r"labels must be classes \[N\] int64 from 0 to 2, or soft ones \[N, 3\], got .*" + found
         with pytest.raises(UserError, match=message):
-            training.fit(network(), images, wrong, Recipe(1, lr=0.1), seed=0, device=CPU, fused=fused)
+            training.fit(network(), images, wrong, Recipe(1, lr=0.1), Backend(fused=fused), seed=0)

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ddpp import models, seeds, training
+from ddpp import models, networks, seeds, training
 from ddpp.config import Config
 from ddpp.errors import UserError
-from ddpp.gpu import graphs_for, send
+from ddpp.gpu import send
 from ddpp.methods import Problem
 from ddpp.models import Network
 from ddpp.synthetic import Synthetic
-from ddpp.training import Recipe
+from ddpp.training import Backend, Recipe
 
 _AT_ONCE = 500  # images
 
@@ -74,17 +74,14 @@ def trained_network(problem: Problem, on_epoch: Callable[[Network], None] | None
     settings, seed = config.teachers, seeds.derive(config.run.seed, "selection")
     network = models.build(config.model, dataset.shape, len(dataset.classes), seed=seed)
     recipe = Recipe(settings.epochs, settings.lr, settings.momentum, settings.weight_decay, settings.batch)
-    with training.images_bar("network to select by", recipe.epochs * len(dataset.train_labels)) as bar:
+    with networks.images_bar("network to select by", recipe.epochs * len(dataset.train_labels)) as bar:
         finite = training.fit(
             network,
             dataset.train_images,
             dataset.train_labels,
             recipe,
+            Backend.of(config.run, problem.device),
             seed=seed,
-            device=problem.device,
-            fused=config.run.use_fused_kernels,
-            tile=config.run.winograd,
-            graphs=graphs_for(config.run, problem.device),
             on_step=bar.update,
             on_epoch=None if on_epoch is None else lambda _: on_epoch(network),
         )
