@@ -105,7 +105,7 @@ def _job(
     trainings: Trainings,
     number: int,
 ) -> Job:
-    part = networks.part_of(memory.images, memory.labels, recipe, number, seen.tolist())
+    part = networks.part_of(recipe, number, seen.tolist(), *networks.digest(memory.images, memory.labels))
     images = recipe.epochs * len(memory.images) // len(dataset.classes) * len(seen)
     return Job(part, images, partial(_network, config, dataset, memory, seen, recipe, groups, trainings, number))
 

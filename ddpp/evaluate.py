@@ -104,15 +104,23 @@ class Evaluation:
         return [Scores(*tested) for tested in self.trainings.run([self._job(*job) for job in jobs])]
 
     def _job(self, model: str, images: Tensor | Images, labels: Tensor, recipe: Recipe, *key: str | int) -> Job:
-        part = networks.part_of(images, labels, recipe, model, self.policy, self.groups, *key)
+        part = networks.part_of(recipe, model, self.policy, self.groups, *key, *networks.digest(images, labels))
         train = partial(self.network, model, images, labels, recipe, *key)
         return Job(part, recipe.epochs * len(images), train)
 
     def random(self, model: str, ipc: int, recipe: Recipe) -> list[Scores]:
         """As many real images as there are synthetic ones, another random choice for each network."""
-        seed, numbers = self.config.run.seed, range(self.config.evaluate.networks)
-        chosen = [synthetic.real_images(self.dataset, ipc, "random", n, seed=seed) for n in numbers]
-        return self.networks([(model, c.images, c.labels, recipe, "random", n) for n, c in enumerate(chosen)])
+        images = recipe.epochs * ipc * len(self.dataset.classes)
+        jobs = []
+        for n in range(self.config.evaluate.networks):
+            part = networks.part_of(recipe, model, self.policy, self.groups, "random", n, ipc)
+            jobs.append(Job(part, images, partial(self._on_random, model, ipc, recipe, n)))
+        return [Scores(*tested) for tested in self.trainings.run(jobs)]
+
+    def _on_random(self, model: str, ipc: int, recipe: Recipe, number: int) -> Scores:
+        """Chosen when it is their turn, since the images of all networks may be many."""
+        chosen = synthetic.real_images(self.dataset, ipc, "random", number, seed=self.config.run.seed)
+        return self.network(model, chosen.images, chosen.labels, recipe, "random", number)
 
     def distilled(self, model: str, trained_on: Synthetic, recipe: Recipe) -> list[Scores]:
         """Networks on a synthetic set."""

@@ -113,9 +113,13 @@ def about(config: Config, dataset: Dataset) -> dict[str, Any]:
     return found | ({"plugins": of_plugins} if (of_plugins := registry.plugins()) else {})
 
 
-def part_of(images: Tensor | Images, labels: Tensor, recipe: Recipe, *key: Any) -> str:
-    """Names a network by all that it depends on beside :func:`about`: the images of a tensor, the recipe and a key."""
-    trained_on: list[Any] = ["all"]  # of the data set
-    if isinstance(images, Tensor):
-        trained_on = [zlib.crc32(t.contiguous().cpu().numpy().data) for t in (images, labels)]
-    return json.dumps([*key, *trained_on, asdict(recipe)])
+def part_of(recipe: Recipe, *key: Any) -> str:
+    """Names a network by all that it depends on beside :func:`about`: how and, by the key, on which images."""
+    return json.dumps([*key, asdict(recipe)])
+
+
+def digest(images: Tensor | Images, labels: Tensor) -> list[Any]:
+    """Names the images that a network is trained on; those of the data set all together."""
+    if not isinstance(images, Tensor):
+        return ["all"]
+    return [zlib.crc32(t.contiguous().cpu().numpy().data) for t in (images, labels)]

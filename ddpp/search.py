@@ -115,7 +115,9 @@ def _job(
     trainings: Trainings,
 ) -> Job:
     train = partial(_trained, config, dataset, model, images, labels, recipe, trainings)
-    return Job(networks.part_of(images, labels, recipe, _options(model)), recipe.epochs * len(images), train)
+    return Job(
+        networks.part_of(recipe, _options(model), *networks.digest(images, labels)), recipe.epochs * len(images), train
+    )
 
 
 def _trained(
