@@ -49,7 +49,8 @@ __device__ __forceinline__ void copy_async(X* shared, const X* from) {
   }
 }
 
-__device__ __forceinline__ void wait_for_copies() {
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
-}
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void end_copies() { __pipeline_commit(); }
+
+// Waits for this thread's groups of copies, but for the last so many.
+__device__ __forceinline__ void wait_for_copies(int but) { __pipeline_wait_prior(static_cast<size_t>(but)); }

@@ -197,6 +197,19 @@ struct Plane {
   X* stage;
 };
 
+// Which of a thread's windows have arrived: those that it has fetched do so one after the other, so that what
+// is there is worked on while the others are on their way.
+template <bool kStaged>
+struct Arrivals {
+  DDPP_INLINE void fetched() {
+    if (kStaged) end_copies(), ++coming;
+  }
+  DDPP_INLINE void wait() {
+    if (kStaged) wait_for_copies(--coming);
+  }
+  int coming = 0;
+};
+
 // Replaces each of the sums by the sum over the block's threads of the same lane.
 template <int kSums, class T, int kWidth, int kKept, bool kEven>
 DDPP_INLINE void sum_stripes(Pack<T, kWidth> (&sums)[kSums], const Place<T, kWidth, kKept, kEven>& place,
@@ -238,12 +251,18 @@ __global__ void __launch_bounds__(kThreads, kForwardThreads<T> / kThreads)
   DDPP_DYNAMIC_SHARED(V, shared);
   const Place<T, kWidth, kForwardKept, kStaged> place(layout);
   const Plane<S, kWidth, kStaged> planes{y, behind_sums<S>(shared, layout, 2)};
-  place.pixels([&](int64_t at, int slot) { planes.fetch(at, slot); });
+  Arrivals<kStaged> arrivals;
+  place.windows([&](const auto& window, int64_t) {
+    place.in_window(window, [&](int64_t at, int slot) { planes.fetch(at, slot); });
+    arrivals.fetched();
+  });
   const V start =
       place.active ? place.load(y + place.plane) : V{};  // makes the mean of a constant plane exact
-  wait_for_copies();
   V first[1] = {};
-  place.pixels([&](int64_t at, int slot) { first[0] = first[0] + (planes(at, slot) - start); });
+  place.windows([&](const auto& window, int64_t) {
+    arrivals.wait();
+    place.in_window(window, [&](int64_t at, int slot) { first[0] = first[0] + (planes(at, slot) - start); });
+  });
   sum_stripes(first, place, shared);
   const V mean = start + first[0] * place.part();
   V sums[2] = {};
@@ -280,14 +299,16 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreads<S, kStaged> / kThre
   const Place<T, kWidth, kBackwardKept, kStaged> place(layout);
   auto* const stage = behind_sums<S>(shared, layout, 2);
   const Plane<S, kWidth, kStaged> planes{y, stage}, grads{grad_out, stage + 4 * kThreads};
+  Arrivals<kStaged> arrivals;
   place.windows([&](const auto& window, int64_t pooled) {
     if (pooled >= 0) grads.fetch(pooled, window.slot);
     place.in_window(window, [&](int64_t at, int slot) { planes.fetch(at, slot); });
+    arrivals.fetched();
   });
   const auto norm = saved_norm(place, statistics, scale, shift);
-  wait_for_copies();
   V sums[2] = {};  // of the gradient behind ReLU, and of its product with the deviation
   place.windows([&](const auto& window, int64_t pooled) {
+    arrivals.wait();
     const V grad = pooled < 0 ? V{} : grads(pooled, window.slot) * T(0.25);
     place.in_window(window, [&](int64_t at, int slot) {
       const V d = norm.deviation(planes(at, slot)), g = where_active(norm(d), grad);
@@ -317,17 +338,23 @@ __global__ void __launch_bounds__(kThreads, kDualThreads<S, kStaged> / kThreads)
   const Place<T, kWidth, kDualKept, kStaged> place(layout);
   auto* const stage = behind_sums<S>(shared, layout, 4);
   const Plane<S, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + 4 * kThreads};
-  place.pixels([&](int64_t at, int slot) {
-    values.fetch(at, slot);
-    tangents.fetch(at, slot);
+  Arrivals<kStaged> arrivals;
+  place.windows([&](const auto& window, int64_t) {
+    place.in_window(window, [&](int64_t at, int slot) {
+      values.fetch(at, slot);
+      tangents.fetch(at, slot);
+    });
+    arrivals.fetched();
   });
   const V start = place.active ? place.load(y.value + place.plane) : V{};
   const V tangent_start = place.active ? place.load(y.tangent + place.plane) : V{};
-  wait_for_copies();
   V first[2] = {};
-  place.pixels([&](int64_t at, int slot) {
-    first[0] = first[0] + (values(at, slot) - start);
-    first[1] = first[1] + (tangents(at, slot) - tangent_start);
+  place.windows([&](const auto& window, int64_t) {
+    arrivals.wait();
+    place.in_window(window, [&](int64_t at, int slot) {
+      first[0] = first[0] + (values(at, slot) - start);
+      first[1] = first[1] + (tangents(at, slot) - tangent_start);
+    });
   });
   sum_stripes(first, place, shared);
   const V mean = start + first[0] * place.part(), tangent_mean = tangent_start + first[1] * place.part();
@@ -376,19 +403,21 @@ __global__ void __launch_bounds__(kThreads, kDualBackwardThreads / kThreads)
   auto* const stage = behind_sums<S>(shared, layout, 5);
   const Plane<S, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + 4 * kThreads},
       us{grad_out.value, stage + 8 * kThreads}, vs{grad_out.tangent, stage + 9 * kThreads};
+  Arrivals<kStaged> arrivals;
   place.windows([&](const auto& window, int64_t pooled) {
     if (pooled >= 0) us.fetch(pooled, window.slot), vs.fetch(pooled, window.slot);
     place.in_window(window, [&](int64_t at, int slot) {
       values.fetch(at, slot);
       tangents.fetch(at, slot);
     });
+    arrivals.fetched();
   });
   const auto norm = saved_norm(place, statistics, scale.value, shift);
   const Tangent<V> tangent{place.saved(statistics, kTangentMean), place.saved(statistics, kTangentRest),
                            place.saved(statistics, kCovariance)};
-  wait_for_copies();
   V sums[5] = {};
   place.windows([&](const auto& window, int64_t pooled) {
+    arrivals.wait();
     const V u = pooled < 0 ? V{} : us(pooled, window.slot) * T(0.25);
     const V v = pooled < 0 ? V{} : vs(pooled, window.slot) * T(0.25);
     place.in_window(window, [&](int64_t at, int slot) {

@@ -10,7 +10,7 @@
 // Covered: threadIdx/blockIdx/blockDim/gridDim, __shared__ (static and dynamic),
 // __syncthreads, __syncwarp, __shfl_*_sync, __ballot/any/all_sync, atomics on
 // global and shared memory, __ldg, __stwb of float4, double2 and uint2, __saturatef, basic math, asynchronous
-// copies to shared memory of which all are waited for. Not modelled: memory
+// copies to shared memory, in groups. Not modelled: memory
 // consistency between barriers, concurrent blocks, CUDA's types of half precision (kernels/bfloat16.h is our
 // own), occupancy limits other than the block size.
 #pragma once
@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <exception>
 #include <map>
 #include <memory>
@@ -102,11 +103,13 @@ struct Fiber {
   uint3 thread;
   int lane = 0, warp = 0;
   Wait wait = Wait::kNone;
-  const char* where = "";    // which collective it waits in
-  unsigned mask = 0;         // lanes named by that collective
-  uint64_t value = 0;        // what it offers to the other lanes
-  uint64_t epoch = 0;        // how many warp collectives it has joined
-  std::vector<Copy> copies;  // on their way to shared memory: nothing is there before the thread has waited
+  const char* where = "";  // which collective it waits in
+  unsigned mask = 0;       // lanes named by that collective
+  uint64_t value = 0;      // what it offers to the other lanes
+  uint64_t epoch = 0;      // how many warp collectives it has joined
+  // On their way to shared memory, where nothing is before the thread has waited; in groups that have ended.
+  std::vector<Copy> copies;
+  std::deque<std::vector<Copy>> groups;
 };
 
 struct Block {
@@ -240,6 +243,7 @@ inline void run_block(Block& b, void (*entry)(void*), void* arg) {
     f.wait = Wait::kNone;
     f.epoch = 0;
     f.copies.clear();
+    f.groups.clear();
   }
   // One warp runs as far as it can get before the next one starts: the schedule
   // that most often shows a missing barrier.
@@ -469,10 +473,15 @@ inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
     throw std::runtime_error("asynchronous copy not of 4, 8 or 16 aligned bytes");
   ddpp_emul::g_fiber->copies.push_back({to, from, bytes});
 }
-inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(size_t) {
-  for (const auto& copy : ddpp_emul::g_fiber->copies) std::memcpy(copy.to, copy.from, copy.bytes);
-  ddpp_emul::g_fiber->copies.clear();
+inline void __pipeline_commit() {
+  ddpp_emul::Fiber& fiber = *ddpp_emul::g_fiber;
+  fiber.groups.push_back(std::move(fiber.copies));
+  fiber.copies.clear();
+}
+inline void __pipeline_wait_prior(size_t but) {
+  auto& groups = ddpp_emul::g_fiber->groups;
+  for (; groups.size() > but; groups.pop_front())
+    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
 }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __saturatef(float x) { return x > 0 ? std::min(x, 1.0f) : 0.0f; }  // of NaN too
