@@ -16,7 +16,7 @@ from ddpp.data import DATASETS
 from ddpp.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/guide.md", "docs/results.md")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 OF_OTHERS = {"--benchmark-only"}  # pytest's
 
@@ -75,13 +75,14 @@ def test_the_number_of_presets_is_told() -> None:
 
 
 @pytest.mark.parametrize("named", ["distill.main", "networks_on", "matching_gradients"])
-def test_the_readmes_programs_run(
+def test_programs_run(
     named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for held in ("_entries", "_sources"):
         monkeypatch.setattr(DATASETS, held, dict(getattr(DATASETS, held)))
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    pages = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/python.md"))
+    blocks = re.findall(r"```python\n(.*?)```", pages, re.DOTALL)
     (text,) = (block for block in blocks if f"{named}(" in block)
-    exec(text, {"__name__": "readme"})
+    exec(text, {"__name__": "program"})
     assert capsys.readouterr().out

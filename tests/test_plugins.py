@@ -16,7 +16,7 @@ from ddpp.methods import METHODS, own_options
 from ddpp.models import MODELS
 from ddpp.registry import load_plugins
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+EXTENDING = Path(__file__).resolve().parent.parent / "docs" / "extending.md"
 SHORT = [
     "--threads",
     "1",
@@ -73,14 +73,29 @@ def registries_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_plugins", set())
 
 
-@pytest.fixture
-def means(tmp_path: Path) -> Path:
-    """The method that the README shows."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    (text,) = (block for block in blocks if "@METHODS.register" in block)
-    path = tmp_path / "means.py"
+def shown(name: str, folder: Path) -> Path:
+    """A method that the documentation shows."""
+    blocks = re.findall(r"```python\n(.*?)```", EXTENDING.read_text(encoding="utf-8"), re.DOTALL)
+    (text,) = (block for block in blocks if f'@METHODS.register("{name}")' in block)
+    path = folder / f"{name}.py"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def means(tmp_path: Path) -> Path:
+    return shown("means", tmp_path)
+
+
+def test_a_distance_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its loss, of trajectories, begins near 1 and falls where DDPP's would be another."""
+    out, own = tmp_path / "run", ["--plugins", str(shown("absolute", tmp_path)), "--method", "absolute"]
+    argv = [*own, *SHORT, "--out", str(out), "--teachers-folder", str(tmp_path / "teachers")]
+    assert distill.main(argv) == 0
+    rows = runs.read_log(out / "log.jsonl")
+    assert all(row["kept"] == 1 and 0 < row["loss"] < 1.5 for row in rows)
+    assert distill.main([*SHORT, "--out", str(tmp_path / "ddpp"), "--teachers-folder", str(tmp_path / "teachers")]) == 0
+    assert [row["loss"] for row in runs.read_log(tmp_path / "ddpp" / "log.jsonl")] != [row["loss"] for row in rows]
 
 
 def test_a_method_of_ones_own_has_what_those_of_ddpp_have(means: Path, tmp_path: Path) -> None:
