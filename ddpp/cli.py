@@ -22,8 +22,8 @@ from ddpp.registry import load_plugins
 Main = Callable[[Config, argparse.Namespace], None]
 IN_USE = 75  # EX_TEMPFAIL of sysexits.h
 _MEMORY_ADVICE = (
-    "the memory does not suffice. Take smaller batches or a smaller network; a run that had begun continues with "
-    "--resume, from its last checkpoint"
+    "out of memory. Take smaller batches or a smaller network; a run that had begun continues with --resume, from its "
+    "last checkpoint"
 )
 
 
@@ -37,11 +37,18 @@ class _Parser(argparse.ArgumentParser):
     def parse_all(self, argv: Sequence[str] | None) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            name, known = unknown[0].split("=")[0], self._option_string_actions
-            of_a_section = [option for s in SECTIONS if (option := name.replace("--", f"--{s}-", 1)) in known]
-            meant = f"; did you mean {' or '.join(map(repr, of_a_section))}?" if of_a_section else nearest(name, known)
-            self.error(f"unknown argument {name}{meant} See --help.")
+            name = unknown[0].split("=")[0]
+            self.error(f"unknown argument {name}{self._meant(name)} See --help.")
         return args
+
+    def _meant(self, name: str) -> str:
+        """The end of a sentence: the option of another section or stage of that name, or the nearest one."""
+        known = self._option_string_actions
+        if of_a_section := [option for s in SECTIONS if (option := name.replace("--", f"--{s}-", 1)) in known]:
+            return f"; did you mean {' or '.join(map(repr, of_a_section))}?"
+        if any(name == f"--{_flag(s, f.name, s)}" for s in SECTIONS for f in fields(getattr(Config(), s))):
+            return ", which is an option of another stage."
+        return nearest(name, known)
 
 
 def run(
@@ -159,7 +166,9 @@ def device(config: Config) -> torch.device:
     if found is None or found.type not in ("cpu", "cuda"):
         raise UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here. Use --device cpu.")
+        raise UserError(
+            f"--device {name} is not here: torch sees {torch.cuda.device_count()} CUDA devices. Use --device cpu."
+        )
     return found
 
 
@@ -167,9 +176,11 @@ def _parser(stage: str, description: str, own: str, sections: tuple[str, ...], w
     parser = _Parser(prog=f"python -m ddpp.{stage}", description=description, allow_abbrev=False)
     if sections:
         parser.add_argument(
-            "--preset", metavar="NAME", help="A published setting; python -m ddpp.info --presets tells which there are."
+            "--preset", metavar="NAME", help="Use a published setting; python -m ddpp.info --presets lists them."
         )
-        parser.add_argument("--config", metavar="FILE", help="Options from a TOML file; options given here win.")
+        parser.add_argument(
+            "--config", metavar="FILE", help="Options from a TOML file; those of the command line override it."
+        )
     else:
         parser.set_defaults(preset=None, config=None)
     for section in sections:
@@ -185,8 +196,8 @@ def _add_option(group: Any, table: type, f: Any, section: str, own: str, begins:
     """Of a stage that begins with the options' defaults, and not with those of a run or of presets."""
     scalar, _, many = configuration.value_type(table, f.name)
     name = f"--{_flag(section, f.name, own)}"
-    default = f.default if f.default not in (None, ()) else "chosen by ddpp"
-    text = f"{f.metadata['help']} (default: {default if begins else 'as the run or preset'})"
+    default = f.default if begins else "as the run or preset"
+    text = f.metadata["help"] + (f" (default: {default})" if default not in (None, ()) else "")
     common: dict[str, Any] = {
         "dest": f"{section}.{f.name}",
         "default": argparse.SUPPRESS,
@@ -226,7 +237,7 @@ def _resolve(args: argparse.Namespace, base: Config | None, own: str, sections: 
         values = configuration.read_toml(args.config)
         config = config.with_values(_taken(values, sections), args.config)
         if "model" not in sections and (left := [name for name in values if name in SECTIONS and name not in sections]):
-            print(f"of {args.config} not for this stage: [{'], ['.join(left)}]", file=sys.stderr)
+            print(f"{args.config}: not for this stage, and ignored: [{'], ['.join(left)}]", file=sys.stderr)
     given = [(key.split("."), value) for key, value in vars(args).items() if "." in key]
     for (section, name), value in given:
         config = config.with_values({section: {name: value}}, f"--{_flag(section, name, own)}")

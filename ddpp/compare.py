@@ -136,12 +136,20 @@ def _run(config: Config, args: argparse.Namespace) -> None:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--first", nargs="+", required=True, metavar="RUN", help="Runs, one a distillation seed.")
-    parser.add_argument("--second", nargs="+", required=True, metavar="RUN", help="As many runs of the other method.")
+    parser.add_argument(
+        "--first", nargs="+", required=True, metavar="RUN", help="Runs of one method, one per seed of the distillation."
+    )
+    parser.add_argument(
+        "--second",
+        nargs="+",
+        required=True,
+        metavar="RUN",
+        help="As many runs of the other method; the difference is second minus first.",
+    )
     parser.add_argument(
         "--evaluated",
         action="store_true",
-        help="Compare by what ddpp.evaluate has written last of each run, its evaluation.json.",
+        help="Compare by each run's evaluation.json, which ddpp.evaluate wrote last.",
     )
     parser.add_argument("--json", metavar="FILE", help="Also write the result there.")
 

@@ -27,23 +27,30 @@ def option(
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = option("digits", "Data set: digits needs no files; folder reads any ImageFolder tree.")
+    dataset: str = option(
+        "digits",
+        "Data set: digits (needs no files), cifar10, cifar100, svhn, mnist, fashionmnist, tinyimagenet, or folder, any "
+        "tree of images.",
+    )
     data_root: str = option("data", "Folder of the data sets; for folder, the tree with train/ and test/, or val/.")
     download: bool = option(False, "Download the data set into the data root if it is missing.")
     image_size: int | None = option(None, "Resize images of a folder data set to this many pixels a side.", low=4)
-    classes: tuple[str, ...] = option((), "Only these classes of a folder data set.")
+    classes: tuple[str, ...] = option((), "Use only these classes of a folder data set.")
     zca: bool = option(False, "Whiten images with ZCA instead of normalising each channel.")
     constants: str = option(
         "measured",
-        "Means and deviations that normalise the channels: those of the training images, or those of published codes.",
+        "Means and deviations that normalise the channels: those of the training images, or published codes'.",
         choices=("measured", "published"),
     )
-    validation: float = option(0.1, "Share of the training images held out for --select val.", low=0, high=0.9)
+    validation: float = option(0.1, "Share of the training images held out, for selection on them.", low=0, high=0.9)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    model: str = option("convnet", "Architecture that teachers and students share.")
+    model: str = option(
+        "convnet",
+        "Architecture: convnet, convnet-kip, alexnet, vgg11, resnet18, resnet18_ap, lenet or mlp.",
+    )
     width: int = option(128, "Channels of each ConvNet layer.", low=1)
     depth: int | None = option(
         None, "Blocks of the ConvNet; by default 3 at 32 pixels, one more at each doubling.", low=1
@@ -59,7 +66,9 @@ class ModelConfig:
 class AugmentConfig:
     strategy: str = option("auto", "Augmentation groups joined by _, 'none', or 'auto': what suits the data set.")
     mode: str = option(
-        "one", "Groups applied to a batch: one drawn at random, or all in a chain.", choices=("one", "all")
+        "one",
+        "Augmentation (DSA): apply one randomly drawn group per batch, or all in sequence.",
+        choices=("one", "all"),
     )
 
 
@@ -80,8 +89,12 @@ class TeachersConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    method: str = option("ddpp", "Distillation method.")
-    ipc: int = option(1, "Synthetic images per class, in whose storage --images-in-one may hold more.", low=1)
+    method: str = option(
+        "ddpp",
+        "Method: ddpp, mtt, dc, dsa, dm, cafe or kip; random, herding, kcenter or forgetting, which select real "
+        "images; or given, a set made elsewhere.",
+    )
+    ipc: int = option(1, "Synthetic images per class: the storage, which --images-in-one may fill with more.", low=1)
     parameterization: str = option(
         "pixels",
         "What is learned: pixels, the frequencies that matter most in a class (FreD), or squares of smaller images, "
@@ -89,14 +102,14 @@ class DistillConfig:
         choices=("pixels", "frequencies", "multiformation"),
     )
     images_in_one: int = option(
-        1, "Images that are decoded from the numbers of one, where other than pixels are learned.", low=1
+        1, "Images decoded from the storage of one; needs a --parameterization other than pixels.", low=1
     )
     steps: int = option(200, "Outer steps: updates of the synthetic images.", low=1)
     inner_steps: int = option(20, "Inner steps: student updates in each outer step (J).", low=1)
     teacher_span: int = option(2, "Epochs between the teacher's start and target (K).", low=1)
     max_start_epoch: int = option(5, "Start epochs are drawn below this bound.", low=1)
     epsilon: float = option(
-        0.1, "DDPP prunes parameters whose ratio to the teacher's, either way, is below this.", low=0, high=1
+        0.1, "DDPP prunes a parameter if student/target or target/student is below this.", low=0, high=1
     )
     lr_pixels: float = option(30.0, "Learning rate of the pixels.", low=0)
     lr_step_size: float = option(3e-5, "Learning rate of the student's step size.", low=0)
@@ -120,14 +133,17 @@ class DistillConfig:
         None, "Bound of the start epochs at the first outer step; it grows to --max-start-epoch.", low=1
     )
     window_steps: int = option(1000, "Outer steps until the bound of the start epochs has grown.", low=1)
-    max_loss: float | None = option(None, "Outer steps whose loss is above are skipped.", low=0)
+    max_loss: float | None = option(None, "Skip outer steps whose loss exceeds this; by default none.", low=0)
     ema: float = option(
-        0.0, "The result is this moving average of the images over the steps; 0 for the last.", low=0, high=1
+        0.0,
+        "Decay of a moving average of the images, which is then the result; 0 takes the last images.",
+        low=0,
+        high=1,
     )
     prune: str = option(
         "ratio",
-        "Parameters left out of the distance: by ratio to the teacher's (DDPP), none (MTT), those furthest from it, "
-        "those nearest to it, or the first.",
+        "Parameters left out of the distance: by ratio to the target (DDPP), none (MTT), a share of difference "
+        "(furthest from the target), lowest (nearest to it) or depth (earliest layers).",
         choices=("ratio", "none", "difference", "lowest", "depth"),
     )
     prune_share: float = option(
@@ -139,28 +155,38 @@ class DistillConfig:
     nearest_step: bool = option(False, "Match after the inner step that is nearest to the target, not after the last.")
     real_batch: int = option(256, "Real images of each class in an outer step of dc, dsa, dm and cafe.", low=1)
     loops: int | None = option(
-        None, "Outer steps of dc and dsa with one network; by default the papers' for the ipc.", low=1
+        None, "Outer steps that dc and dsa take with one network; by default the papers' for the ipc.", low=1
     )
     loop_epochs: int | None = option(
         None,
-        "Epochs of that network on the synthetic images between them, at most for cafe; by default the papers'.",
+        "Epochs that this network is trained on the synthetic images between outer steps, for cafe at most; by default "
+        "the papers'.",
         low=0,
     )
     lr_network: float = option(0.01, "Learning rate of the network of dc, dsa and cafe.", low=0)
     discrimination: float = option(0.01, "Weight of cafe's discrimination loss.", low=0)
     inner_change: float = option(
-        0.03, "Cafe trains its network until an epoch changes its accuracy by less, a share.", low=0, high=1
+        0.03,
+        "cafe stops training its network when an epoch changes the accuracy by less than this fraction.",
+        low=0,
+        high=1,
     )
     outer_change: float = option(
-        0.04, "Cafe takes a fresh network where ten outer steps changed its accuracy by less.", low=0, high=1
+        0.04,
+        "cafe takes a fresh network when ten outer steps change the accuracy by less than this fraction.",
+        low=0,
+        high=1,
     )
     engine: str = option(
         "adjoint",
-        "How gradients are computed: constant memory, the whole graph, or TESLA's approximation.",
+        "How gradients are computed: adjoint (exact; keeps only parameters per inner step), unrolled (exact; keeps the "
+        "whole graph), tesla (approximate).",
         choices=("adjoint", "unrolled", "tesla"),
     )
     keep_every: int = option(1, "Inner steps between kept student parameters; those between are computed again.", low=1)
-    snapshot_every: int = option(100, "Outer steps between saved snapshots, which --select chooses from.", low=1)
+    snapshot_every: int = option(
+        100, "Outer steps between saved snapshots, which an evaluation can select from.", low=1
+    )
     checkpoint_every: int = option(50, "Outer steps between checkpoints.", low=1)
     kip_kernel: str = option(
         "conv",
@@ -171,7 +197,7 @@ class DistillConfig:
     kip_depth: int = option(3, "Hidden layers of the network of kip, blocks of the paper's.", low=1)
     kip_batch: int = option(500, "Real images in an outer step of kip.", low=1)
     kip_ridge: float = option(1e-6, "Ridge of the regression of kip, in units of the kernel's mean diagonal.", low=0)
-    own: tuple[str, ...] = option((), "Options of a method of your own, each as NAME=VALUE.")
+    own: tuple[str, ...] = option((), "Options of a plugin's method, each as NAME=VALUE.")
     given: tuple[str, ...] = option(
         (),
         "Set of method given: .pt or .npy files of its images, labels and step size, the last two where they are "
@@ -216,12 +242,10 @@ class EvaluateConfig:
 class RunConfig:
     seed: int = option(0, "Seed of every random draw.", low=0, high=2**63 - 1)
     device: str = option("auto", "Device to run on: auto, cpu, cuda or cuda:N.")
-    threads: int | None = option(None, "CPU threads; by default as many as torch chooses.", low=1, high=1024)
-    plugins: tuple[str, ...] = option(
-        (), "Python files, or modules, of yours that register methods, data sets or architectures."
-    )
+    threads: int | None = option(None, "CPU threads; by default torch's choice.", low=1, high=1024)
+    plugins: tuple[str, ...] = option((), "Python files or modules that register methods, data sets or architectures.")
     use_fused_kernels: bool = option(
-        True, "Compiled kernels for loss, augmentation and the ConvNet's step; without, pure PyTorch."
+        True, "Use compiled kernels for loss, augmentation and the ConvNet's step; without, pure PyTorch."
     )
     winograd: int = option(
         2, "Side of a ConvNet's Winograd tiles on the CPU: 2, 4 (faster, less exact) or 0, none.", choices=(0, 2, 4)
@@ -229,10 +253,10 @@ class RunConfig:
     cuda_graphs: bool = option(
         True, "On a GPU, capture steps of students and of trainings as CUDA graphs and replay them."
     )
-    tf32: bool = option(False, "On a GPU, round factors of convolutions and products to TF32: faster, less exact.")
+    tf32: bool = option(False, "On a GPU, allow TF32 in convolutions and matrix products: faster, less exact.")
     bf16: bool = option(
         False,
-        "Keep a ConvNet's planes in bfloat16 while distilling: a GPU moves half as much, gradients are less exact.",
+        "Store a ConvNet's activations in bfloat16 while distilling: half as much to move, gradients less exact.",
     )
 
 
@@ -337,7 +361,8 @@ def _updated(section: Any, name: str, table: dict[str, Any], source: str) -> Any
     for key, value in table.items():
         if key not in known:
             raise UserError(f"{source}: unknown option {key!r} in [{name}]{nearest(key, known)}")
-        table = {**table, key: _checked(type(section), known[key], value, f"{source}: {name}.{key}")}
+        where = source if source.startswith("--") else f"{source}: {name}.{key}"  # an option names itself
+        table = {**table, key: _checked(type(section), known[key], value, where)}
     return replace(section, **table)
 
 

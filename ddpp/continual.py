@@ -196,8 +196,12 @@ def _run(config: Config, args: argparse.Namespace) -> None:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     cli.add_run_folder(parser)
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="Groups in which the classes come.")
-    parser.add_argument("--orders", type=int, default=5, metavar="N", help="Random orders of the classes.")
+    parser.add_argument(
+        "--steps", type=int, default=5, metavar="N", help="Groups in which the classes arrive (default: 5)."
+    )
+    parser.add_argument(
+        "--orders", type=int, default=5, metavar="N", help="Random orders of the classes, a network each (default: 5)."
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

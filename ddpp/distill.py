@@ -410,7 +410,9 @@ def _advice(rows: list[dict[str, Any]], settings: DistillConfig) -> list[str]:
             "them smaller batches."
         )
     if rows and rows[-1]["step_size"] <= settings.step_size * SMALLEST_STEP_SIZE * 1.001 and settings.lr_step_size:
-        found.append("The learned step size stands at its smallest, a thousandth of --step-size: lower --lr-step-size.")
+        found.append(
+            "The learned step size reached its lower bound, a thousandth of --step-size: lower --lr-step-size."
+        )
     return found
 
 

@@ -12,5 +12,6 @@ class UserError(ValueError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of a sentence: ``"; did you mean 'cifar10'?"`` for the closest of the known names, or a full stop."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "."
+    plain = {option.lstrip("-"): option for option in known}  # dashes would make all options alike
+    close = difflib.get_close_matches(name.lstrip("-"), plain, n=1)
+    return f"; did you mean {plain[close[0]]!r}?" if close else "."

@@ -390,7 +390,7 @@ def check_same_run(path: Path, config: Config, but: Collection[str] = ()) -> Non
             if there != here and name not in but:
                 rows.append(f"{name} is {there!r} there and {here!r} here")
     if rows:
-        raise UserError(f"{path} holds another run ({', '.join(rows)}). Choose another --out.")
+        raise UserError(f"{path} was made with other options ({', '.join(rows)}). Choose another --out.")
 
 
 def unused_folder(base: Path) -> Path:

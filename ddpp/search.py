@@ -210,11 +210,19 @@ def _run(config: Config, args: argparse.Namespace) -> None:
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     cli.add_run_folder(parser)
-    parser.add_argument("--depths", nargs="+", type=int, metavar="N", help="By default what suits the image's size.")
-    parser.add_argument("--widths", nargs="+", type=int, default=[32, 64], metavar="N")
-    parser.add_argument("--norm", nargs="+", default=["none", "instance", "layer"], metavar="NAME")
-    parser.add_argument("--activation", nargs="+", default=["relu", "sigmoid"], metavar="NAME")
-    parser.add_argument("--pooling", nargs="+", default=["avg", "max"], metavar="NAME")
+    parser.add_argument(
+        "--depths",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="Blocks; by default what suits the image's size, and one less.",
+    )
+    parser.add_argument("--widths", nargs="+", type=int, default=[32, 64], metavar="N", help="Channels.")
+    parser.add_argument(
+        "--norm", nargs="+", default=["none", "instance", "layer"], metavar="NAME", help="Normalisations."
+    )
+    parser.add_argument("--activation", nargs="+", default=["relu", "sigmoid"], metavar="NAME", help="Activations.")
+    parser.add_argument("--pooling", nargs="+", default=["avg", "max"], metavar="NAME", help="Poolings.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

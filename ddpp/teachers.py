@@ -60,7 +60,7 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
     print(f"training {len(missing)} teachers for {epochs} epochs into {folder}{kept}")
     if (steps := -(-len(dataset.train_labels) // config.teachers.batch)) < _FEW_STEPS:
         many = f"{len(dataset.train_labels)} images in batches of {config.teachers.batch}"
-        print(f"{many}: a teacher takes {steps} steps an epoch, which is little to follow; take smaller batches of it")
+        print(f"{many} are {steps} steps per epoch, too coarse a trajectory to follow well: lower the teachers' batch")
     bar = networks.images_bar("teachers", len(missing) * images, shown=progress)
     with runs.Interruption() as interruption, bar:
         while missing:

@@ -68,15 +68,17 @@ def test_tf32_is_off_unless_asked_for(argv: list[str], on: bool, capsys: pytest.
         (["--ipcs", "3"], "unknown argument --ipcs; did you mean '--ipc'?"),
         (["--select", "val"], "unknown argument --select; did you mean '--evaluate-select'?"),
         (["--lr", "1"], "unknown argument --lr; did you mean '--teachers-lr' or '--evaluate-lr'?"),
-        (["--ipc", "0"], "--ipc: distill.ipc must be at least 1, got 0"),
+        (["--count", "1"], "unknown argument --count; did you mean '--teachers-count'?"),
+        (["--xylophone", "1"], "unknown argument --xylophone. See --help."),
+        (["--ipc", "0"], "--ipc must be at least 1, got 0"),
         (["--ipc", "one"], "argument --ipc: invalid int value: 'one'"),
         (["--epsilon", "1.5"], "must be between 0 and 1, got 1.5"),
         (["--threads", "1000000000000"], "must be between 1 and 1024, got 1000000000000"),
         (["--lr-pixels", "nan"], "must be a finite number, got nan"),
         (["--lr-pixels", "inf"], "must be a finite number, got inf"),
-        (["--seed", str(2**63)], f"--seed: run.seed must be between 0 and {2**63 - 1}, got {2**63}"),
+        (["--seed", str(2**63)], f"--seed must be between 0 and {2**63 - 1}, got {2**63}"),
         (["--init", "noisy"], "must be one of real, correct, noise, got 'noisy'; did you mean 'noise'?"),
-        (["--winograd", "3"], "--winograd: run.winograd must be one of 0, 2, 4, got 3"),
+        (["--winograd", "3"], "--winograd must be one of 0, 2, 4, got 3"),
         (["--preset", "mtt-cifar10-ip10"], "unknown preset 'mtt-cifar10-ip10'; did you mean 'mtt-cifar10-ipc10'?"),
         (["--preset", "dm-cifar10-ipc1", "--dataset", "digits"], "is a setting for cifar10, not for digits"),
         (["--preset", "dm-cifar10-ipc1", "--dataset", "folder"], "not those of a folder: add --constants measured"),
@@ -119,7 +121,7 @@ def test_memory_that_does_not_suffice_is_said_in_a_line(known: bool, capsys: pyt
 
     if known:
         assert stage() == 2
-        assert "error: the memory does not suffice. Take smaller batches" in capsys.readouterr().err
+        assert "error: out of memory. Take smaller batches" in capsys.readouterr().err
     else:
         with pytest.raises(RuntimeError, match="another failure"):
             stage()

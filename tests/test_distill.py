@@ -219,7 +219,7 @@ def test_wrong_input_is_refused_before_anything_is_lost(
 def test_an_output_folder_with_another_run_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "results.json").read_bytes()
     assert distill.main([*TOY, "--out", str(finished), "--ipc", "2"]) == 2
-    assert "holds another run" in capsys.readouterr().err
+    assert "was made with other options" in capsys.readouterr().err
     assert (finished / "results.json").read_bytes() == before
 
 

@@ -14,6 +14,7 @@ from ddpp.__main__ import STAGES
 from ddpp.config import Config
 from ddpp.data import DATASETS
 from ddpp.methods import METHODS
+from ddpp.models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,6 +60,13 @@ def test_files_and_stages_exist(page: Path) -> None:
     missing += [path for path in paths if not list(ROOT.glob(f"{path}*"))]
     missing += [stage for stage in re.findall(r"python -m ddpp\.(\w+)", text) if stage not in STAGES]
     assert missing == []
+
+
+def test_help_names_what_there_is() -> None:
+    """All that is registered, but for a set made elsewhere by plugins."""
+    text = helped("distill")
+    names = {*METHODS.names(), *DATASETS.names(), *MODELS.names()}
+    assert [name for name in names if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)] == []
 
 
 def test_settings_of_the_guide_are_valid() -> None:

@@ -304,6 +304,12 @@ def test_a_search_ranks_and_goes_on_where_it_was_cut(
     assert "a network of the grid: model.width must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_an_option_of_another_stage_is_called_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main([str(finished), "--norm", "none"])
+    assert "unknown argument --norm, which is an option of another stage. See --help." in capsys.readouterr().err
+
+
 def test_a_stage_takes_its_own_sections_of_a_file_or_preset(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,7 +318,7 @@ def test_a_stage_takes_its_own_sections_of_a_file_or_preset(
     (tmp_path / "all.toml").write_text("[distill]\nmethod = 'ddpp'\nipc = 20\n[evaluate]\nnetworks = 2\n")
     argv = [str(tmp_path / "run"), "--full-epochs", "0", "--epochs", "2"]
     assert evaluate.main([*argv, "--config", str(tmp_path / "all.toml")]) == 0
-    assert "all.toml not for this stage: [distill]" in capsys.readouterr().err
+    assert "all.toml: not for this stage, and ignored: [distill]" in capsys.readouterr().err
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert list(found["accuracy"]) == ["random", "dm", "full"] and len(found["accuracy"]["dm"]["networks"]) == 2
     assert found["config"]["distill"]["ipc"] == 1

@@ -82,7 +82,7 @@ def test_a_table_is_run_once(
     assert (tmp_path / "figure2.png").stat().st_size > 1000
     capsys.readouterr()
     assert reproduce.main([*argv, "--evaluate-epochs", "3"]) == 2
-    assert "another run (evaluate.epochs is 2 there and 3 here)" in capsys.readouterr().err
+    assert "other options (evaluate.epochs is 2 there and 3 here)" in capsys.readouterr().err
 
 
 def test_a_run_that_was_cut_goes_on_where_its_data_are_by_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,12 +114,14 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     folder, config, data = tmp_path / "run", Config(), {"fingerprint": "a"}
     opened(folder, config, data, resume=False)
     other = config.with_values({"distill": {"ipc": 10}}, "test")
-    with pytest.raises(UserError, match=r"holds another run \(distill.ipc is 1 there and 10 here\)"):
+    with pytest.raises(UserError, match=r"was made with other options \(distill.ipc is 1 there and 10 here\)"):
         opened(folder, other, data, resume=True)
     with pytest.raises(UserError, match=r"unfinished run\. Continue it with --resume, or choose another --out\."):
         opened(folder, config, data, resume=False)
     elsewhere = config.with_values({"run": {"threads": 3, "device": "cpu"}}, "test")
-    with pytest.raises(UserError, match=r"holds another run \(run.device is 'auto' there and 'cpu' here, run.threads"):
+    with pytest.raises(
+        UserError, match=r"was made with other options \(run.device is 'auto' there and 'cpu' here, run.threads"
+    ):
         opened(folder, elsewhere, data, resume=False)
     assert opened(folder, elsewhere, data, resume=True) == folder and runs.saved_config(folder) == elsewhere
     opened(folder, config, data, resume=True)

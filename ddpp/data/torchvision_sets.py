@@ -37,10 +37,11 @@ def _open(config: DataConfig, kind: str, *, train: bool) -> Any:
     try:
         return reader(config.data_root, download=config.download, **part)
     except Exception as e:  # whatever a damaged file or a broken download makes torchvision raise
-        advice = "Pass --download to fetch it, or name the folder that holds it with --data-root."
-        if config.download:
-            advice = "The download failed or met a damaged file: remove that file and try again."
         found = f"{config.dataset} in {config.data_root} is missing or incomplete"
+        if not config.download:
+            advice = "Pass --download to fetch it, or name the folder that holds it with --data-root."
+            raise UserError(f"{found}. {advice}") from e
+        advice = "The download failed or met a damaged file: remove that file and try again."
         raise UserError(f"{found} ({type(e).__name__}: {e}). {advice}") from e
 
 

@@ -52,8 +52,8 @@ class DDPP:
         bound, span = settings.max_start_epoch, settings.teacher_span
         if bound - 1 + span > epochs:
             raise UserError(
-                f"--max-start-epoch {bound} with --teacher-span {span} reaches epoch {bound - 1 + span}, but the "
-                f"teachers have {epochs}. Lower one of them or give --teachers-epochs more."
+                f"--max-start-epoch {bound} with --teacher-span {span} needs teachers of {bound - 1 + span} epochs, "
+                f"got --teachers-epochs {epochs}. Raise it, or lower one of the others."
             )
         first = settings.first_max_start_epoch or bound
         if not settings.min_start_epoch < first <= bound:
