@@ -20,7 +20,9 @@
 namespace ddpp {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarpSize;
+// Threads of a block; the dual kernels take many where a multiprocessor has room for the planes of one block
+// only.
+constexpr int kFew = 256, kMany = 512;
 // Threads that fit on a multiprocessor together, by registers: as many as need no spills.
 template <class T>
 constexpr int kForwardThreads = sizeof(T) == 4 ? 1024 : 512;
@@ -181,7 +183,7 @@ struct Place {
 
 // Planes, or pooled planes, that are read several times: where this thread keeps its pixels, once it has
 // fetched them and waited; no barrier is needed. Or through the caches.
-template <class S, int kWidth, bool kStaged>
+template <class S, int kWidth, bool kStaged, int kThreads>
 struct Plane {
   using X = Stored<S, kWidth>;
   using V = Pack<Arithmetic<S>, kWidth>;
@@ -211,9 +213,10 @@ struct Arrivals {
 };
 
 // Replaces each of the sums by the sum over the block's threads of the same lane.
-template <int kSums, class T, int kWidth, int kKept, bool kEven>
+template <int kThreads, int kSums, class T, int kWidth, int kKept, bool kEven>
 DDPP_INLINE void sum_stripes(Pack<T, kWidth> (&sums)[kSums], const Place<T, kWidth, kKept, kEven>& place,
                              Pack<T, kWidth>* scratch) {
+  constexpr int kWarps = kThreads / kWarpSize;
   const int lanes = place.layout.lanes, warp = static_cast<int>(threadIdx.x) / kWarpSize;
   for (int s = 0; s < kSums; ++s) {
     for (int offset = kWarpSize / 2; offset >= lanes; offset /= 2)
@@ -238,19 +241,19 @@ DDPP_INLINE Norm<Pack<T, kWidth>> saved_norm(const Place<T, kWidth, kKept, kEven
 }
 
 // Shared memory for planes, behind the scratch of so many sums.
-template <class S, class T, int kWidth>
+template <class S, int kThreads, class T, int kWidth>
 DDPP_INLINE Stored<S, kWidth>* behind_sums(Pack<T, kWidth>* shared, const Layout& layout, int sums) {
-  return reinterpret_cast<Stored<S, kWidth>*>(shared + kWarps * layout.lanes * sums);
+  return reinterpret_cast<Stored<S, kWidth>*>(shared + kThreads / kWarpSize * layout.lanes * sums);
 }
 
 template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
-__global__ void __launch_bounds__(kThreads, kForwardThreads<T> / kThreads)
+__global__ void __launch_bounds__(kFew, kForwardThreads<T> / kFew)
     forward_kernel(const S* __restrict__ y, const T* __restrict__ scale, const T* __restrict__ shift, T eps,
                    Layout layout, S* __restrict__ out, T* __restrict__ statistics) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
   const Place<T, kWidth, kForwardKept, kStaged> place(layout);
-  const Plane<S, kWidth, kStaged> planes{y, behind_sums<S>(shared, layout, 2)};
+  const Plane<S, kWidth, kStaged, kFew> planes{y, behind_sums<S, kFew>(shared, layout, 2)};
   Arrivals<kStaged> arrivals;
   place.windows([&](const auto& window, int64_t) {
     place.in_window(window, [&](int64_t at, int slot) { planes.fetch(at, slot); });
@@ -263,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, kForwardThreads<T> / kThreads)
     arrivals.wait();
     place.in_window(window, [&](int64_t at, int slot) { first[0] = first[0] + (planes(at, slot) - start); });
   });
-  sum_stripes(first, place, shared);
+  sum_stripes<kFew>(first, place, shared);
   const V mean = start + first[0] * place.part();
   V sums[2] = {};
   place.pixels([&](int64_t at, int slot) {
@@ -271,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, kForwardThreads<T> / kThreads)
     sums[0] = sums[0] + d;
     sums[1] = sums[1] + d * d;
   });
-  sum_stripes(sums, place, shared);
+  sum_stripes<kFew>(sums, place, shared);
   const V rest = sums[0] * place.part();
   const V rstd = reciprocal_deviation(sums[1] * place.part() - rest * rest, eps);
   place.save(statistics, kMean, mean);
@@ -290,15 +293,15 @@ __global__ void __launch_bounds__(kThreads, kForwardThreads<T> / kThreads)
 }
 
 template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
-__global__ void __launch_bounds__(kThreads, kBackwardThreads<S, kStaged> / kThreads)
+__global__ void __launch_bounds__(kFew, kBackwardThreads<S, kStaged> / kFew)
     backward_kernel(const S* __restrict__ grad_out, const S* y, const T* __restrict__ scale,
                     const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout, S* grad_y,
                     T* __restrict__ grad_scale, T* __restrict__ grad_shift) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
   const Place<T, kWidth, kBackwardKept, kStaged> place(layout);
-  auto* const stage = behind_sums<S>(shared, layout, 2);
-  const Plane<S, kWidth, kStaged> planes{y, stage}, grads{grad_out, stage + 4 * kThreads};
+  auto* const stage = behind_sums<S, kFew>(shared, layout, 2);
+  const Plane<S, kWidth, kStaged, kFew> planes{y, stage}, grads{grad_out, stage + 4 * kFew};
   Arrivals<kStaged> arrivals;
   place.windows([&](const auto& window, int64_t pooled) {
     if (pooled >= 0) grads.fetch(pooled, window.slot);
@@ -316,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreads<S, kStaged> / kThre
       sums[1] = sums[1] + g * d;
     });
   });
-  sum_stripes(sums, place, shared);
+  sum_stripes<kFew>(sums, place, shared);
   const BackwardTerms<V> terms(norm, sums[0], sums[1], place.part());
   place.save(grad_scale, 0, terms.grad_scale);
   place.save(grad_shift, 0, terms.grad_shift);
@@ -329,15 +332,15 @@ __global__ void __launch_bounds__(kThreads, kBackwardThreads<S, kStaged> / kThre
   });
 }
 
-template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
-__global__ void __launch_bounds__(kThreads, kDualThreads<S, kStaged> / kThreads)
+template <class S, int kWidth, bool kStaged, int kThreads, class T = Arithmetic<S>>
+__global__ void __launch_bounds__(kThreads, kThreads == kFew ? kDualThreads<S, kStaged> / kThreads : 1)
     dual_kernel(Dual<const S> y, Dual<const T> scale, Dual<const T> shift, T eps, Layout layout, Dual<S> out,
                 T* __restrict__ statistics) {
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
   const Place<T, kWidth, kDualKept, kStaged> place(layout);
-  auto* const stage = behind_sums<S>(shared, layout, 4);
-  const Plane<S, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + 4 * kThreads};
+  auto* const stage = behind_sums<S, kThreads>(shared, layout, 4);
+  const Plane<S, kWidth, kStaged, kThreads> values{y.value, stage}, tangents{y.tangent, stage + 4 * kThreads};
   Arrivals<kStaged> arrivals;
   place.windows([&](const auto& window, int64_t) {
     place.in_window(window, [&](int64_t at, int slot) {
@@ -356,7 +359,7 @@ __global__ void __launch_bounds__(kThreads, kDualThreads<S, kStaged> / kThreads)
       first[1] = first[1] + (tangents(at, slot) - tangent_start);
     });
   });
-  sum_stripes(first, place, shared);
+  sum_stripes<kThreads>(first, place, shared);
   const V mean = start + first[0] * place.part(), tangent_mean = tangent_start + first[1] * place.part();
   V sums[4] = {};
   place.pixels([&](int64_t at, int slot) {
@@ -366,7 +369,7 @@ __global__ void __launch_bounds__(kThreads, kDualThreads<S, kStaged> / kThreads)
     sums[2] = sums[2] + t;
     sums[3] = sums[3] + d * t;
   });
-  sum_stripes(sums, place, shared);
+  sum_stripes<kThreads>(sums, place, shared);
   const V rest = sums[0] * place.part(), tangent_rest = sums[2] * place.part();
   const V rstd = reciprocal_deviation(sums[1] * place.part() - rest * rest, eps);
   const Tangent<V> tangent{tangent_mean, tangent_rest, rstd * (sums[3] * place.part() - rest * tangent_rest)};
@@ -392,7 +395,7 @@ __global__ void __launch_bounds__(kThreads, kDualThreads<S, kStaged> / kThreads)
   });
 }
 
-template <class S, int kWidth, bool kStaged, class T = Arithmetic<S>>
+template <class S, int kWidth, bool kStaged, int kThreads, class T = Arithmetic<S>>
 __global__ void __launch_bounds__(kThreads, kDualBackwardThreads / kThreads)
     dual_backward_kernel(Dual<const S> grad_out, Dual<const S> y, Dual<const T> scale,
                          const T* __restrict__ shift, const T* __restrict__ statistics, Layout layout,
@@ -400,8 +403,8 @@ __global__ void __launch_bounds__(kThreads, kDualBackwardThreads / kThreads)
   using V = Pack<T, kWidth>;
   DDPP_DYNAMIC_SHARED(V, shared);
   const Place<T, kWidth, kDualBackwardKept, kStaged> place(layout);
-  auto* const stage = behind_sums<S>(shared, layout, 5);
-  const Plane<S, kWidth, kStaged> values{y.value, stage}, tangents{y.tangent, stage + 4 * kThreads},
+  auto* const stage = behind_sums<S, kThreads>(shared, layout, 5);
+  const Plane<S, kWidth, kStaged, kThreads> values{y.value, stage}, tangents{y.tangent, stage + 4 * kThreads},
       us{grad_out.value, stage + 8 * kThreads}, vs{grad_out.tangent, stage + 9 * kThreads};
   Arrivals<kStaged> arrivals;
   place.windows([&](const auto& window, int64_t pooled) {
@@ -430,7 +433,7 @@ __global__ void __launch_bounds__(kThreads, kDualBackwardThreads / kThreads)
       sums[4] = sums[4] + v_active * t;
     });
   });
-  sum_stripes(sums, place, shared);
+  sum_stripes<kThreads>(sums, place, shared);
   const DualBackwardTerms<V> terms(norm, tangent, place.of_channel(scale.tangent),
                                    {sums[0], sums[1], sums[2], sums[3], sums[4]}, place.part());
   place.save(grad_scale, 0, terms.grad_scale);
@@ -452,10 +455,11 @@ __global__ void __launch_bounds__(kThreads, kDualBackwardThreads / kThreads)
 
 // to[c] = the sum over n of partial[n][c], for both pairs. A block sums one warp's width of channels.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kFew)
     sum_images_kernel(const T* __restrict__ partial, int64_t n, int64_t channels, T* __restrict__ to_first,
                       T* __restrict__ to_second) {
-  DDPP_SHARED(double, sums, kThreads);
+  constexpr int kWarps = kFew / kWarpSize;
+  DDPP_SHARED(double, sums, kFew);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize,
             warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
@@ -476,13 +480,15 @@ __global__ void __launch_bounds__(kThreads)
 struct Launch {
   Layout layout;
   dim3 grid;  // groups of an image's channels, images
+  int threads;
   int64_t shared_bytes, most_shared;
   bool staged;
 };
 
-// For a kernel with scratch for so many sums, that keeps so many packs of a window in so much shared memory.
+// For a kernel with scratch for so many sums, that keeps so many packs of a window in so much shared memory,
+// and may be launched with so many threads a block.
 template <class S, int kWidth>
-Launch make_launch(const PlaneBatch& size, int sums, int kept, int64_t most_staged) {
+Launch make_launch(const PlaneBatch& size, int sums, int kept, int64_t most_staged, int most_threads) {
   constexpr int64_t kBytes = sizeof(Stored<S, kWidth>), kSumBytes = sizeof(Pack<Arithmetic<S>, kWidth>);
   const int64_t packs = size.channels / kWidth;
   const int tall = static_cast<int>(size.height + 1) / 2, wide = static_cast<int>(size.width + 1) / 2,
@@ -490,14 +496,15 @@ Launch make_launch(const PlaneBatch& size, int sums, int kept, int64_t most_stag
   const bool even = size.height % 2 == 0 && size.width % 2 == 0;
   const int64_t available = max_shared_bytes(),
                 most_shared = available < most_staged ? available : most_staged;
-  const auto scratch = [&](int lanes) { return kSumBytes * kWarps * lanes * sums; };
+  int threads = kFew;
+  const auto scratch = [&](int lanes) { return kSumBytes * (threads / kWarpSize) * lanes * sums; };
   const auto staged = [&](int lanes) {
-    const int stripes = kThreads / lanes, each = (windows + stripes - 1) / stripes;
-    return scratch(lanes) + kBytes * kThreads * each * kept;
+    const int stripes = threads / lanes, each = (windows + stripes - 1) / stripes;
+    return scratch(lanes) + kBytes * threads * each * kept;
   };
   const auto groups = [&](int lanes) { return (packs + lanes - 1) / lanes; };
   int lanes = 1;
-  while (lanes < kWarpSize && lanes < packs && (lanes * kBytes < kSector || lanes * windows < kThreads))
+  while (lanes < kWarpSize && lanes < packs && (lanes * kBytes < kSector || lanes * windows < threads))
     lanes *= 2;
   // Up to a line where shared memory and the number of blocks allow it: of narrower pieces the second-level
   // cache has more to look up than it can.
@@ -507,7 +514,11 @@ Launch make_launch(const PlaneBatch& size, int sums, int kept, int64_t most_stag
   int lane_bits = 0;
   while (1 << lane_bits < lanes) ++lane_bits;
   const bool fits = even && staged(lanes) <= most_shared;
-  const int stripes = kThreads / lanes;
+  if (fits && 2 * staged(lanes) > available) {
+    threads = most_threads;
+    if (staged(lanes) > most_shared) threads = kFew;
+  }
+  const int stripes = threads / lanes;
   const Layout layout{size.n,
                       size.channels,
                       size.width * size.channels,
@@ -524,7 +535,7 @@ Launch make_launch(const PlaneBatch& size, int sums, int kept, int64_t most_stag
   const auto rows = static_cast<unsigned>(size.n < kMaxGridRows ? size.n : kMaxGridRows);
   const auto layers = static_cast<unsigned>((size.n + kMaxGridRows - 1) / kMaxGridRows);
   const dim3 grid(static_cast<unsigned>(groups(lanes)), rows, layers);
-  return {layout, grid, fits ? staged(lanes) : scratch(lanes), most_shared, fits};
+  return {layout, grid, threads, fits ? staged(lanes) : scratch(lanes), most_shared, fits};
 }
 
 template <class... Parameters, class... Arguments>
@@ -535,7 +546,7 @@ int start(void (*kernel)(Parameters...), const Launch& launch, const Queue& queu
     const auto error = DDPP_ALLOW_SHARED(kernel, launch.most_shared);
     if (error != cudaSuccess) return static_cast<int>(error);
   }
-  DDPP_LAUNCH(kernel, launch.grid, kThreads, launch.shared_bytes, queue.stream, arguments...);
+  DDPP_LAUNCH(kernel, launch.grid, launch.threads, launch.shared_bytes, queue.stream, arguments...);
   return static_cast<int>(cudaGetLastError());
 }
 
@@ -543,7 +554,7 @@ template <class T>
 int sum_images(const T* partial, const PlaneBatch& size, T* to_first, T* to_second, const Queue& queue) {
   if (size.channels == 0) return 0;
   const dim3 grid(static_cast<unsigned>((size.channels + kWarpSize - 1) / kWarpSize), 2);
-  DDPP_LAUNCH(sum_images_kernel<T>, grid, kThreads, 0, queue.stream, partial, size.n, size.channels, to_first,
+  DDPP_LAUNCH(sum_images_kernel<T>, grid, kFew, 0, queue.stream, partial, size.n, size.channels, to_first,
               to_second);
   return static_cast<int>(cudaGetLastError());
 }
@@ -565,7 +576,7 @@ int64_t scratch_bytes(const PlaneBatch& size) {
 template <class S, int kWidth, class T = Arithmetic<S>>
 int forward_as(const S* y, const T* scale, const T* shift, double eps, const PlaneBatch& size, S* out,
                T* statistics, const Queue& queue) {
-  const Launch launch = make_launch<S, kWidth>(size, 2, kForwardKept, kMaxStaged);
+  const Launch launch = make_launch<S, kWidth>(size, 2, kForwardKept, kMaxStaged, kFew);
   const auto kernel = launch.staged ? forward_kernel<S, kWidth, true> : forward_kernel<S, kWidth, false>;
   return start(kernel, launch, queue, y, scale, shift, static_cast<T>(eps), launch.layout, out, statistics);
 }
@@ -582,7 +593,7 @@ template <class S, int kWidth, class T = Arithmetic<S>>
 int backward_as(const S* grad_out, const S* y, const T* scale, const T* shift, const T* statistics,
                 const PlaneBatch& size, void* scratch, S* grad_y, T* grad_scale, T* grad_shift,
                 const Queue& queue) {
-  const Launch launch = make_launch<S, kWidth>(size, 2, kBackwardKept, kMaxStaged);
+  const Launch launch = make_launch<S, kWidth>(size, 2, kBackwardKept, kMaxStaged, kFew);
   const auto kernel = launch.staged ? backward_kernel<S, kWidth, true> : backward_kernel<S, kWidth, false>;
   T *scale_sums = static_cast<T*>(scratch), *shift_sums = scale_sums + size.n * size.channels;
   const int error = start(kernel, launch, queue, grad_out, y, scale, shift, statistics, launch.layout, grad_y,
@@ -603,8 +614,10 @@ int backward(const S* grad_out, const S* y, const T* scale, const T* shift, cons
 template <class S, int kWidth, class T = Arithmetic<S>>
 int dual_as(Dual<const S> y, Dual<const T> scale, Dual<const T> shift, double eps, const PlaneBatch& size,
             Dual<S> out, T* statistics, const Queue& queue) {
-  const Launch launch = make_launch<S, kWidth>(size, 4, kDualKept, kMaxDualStaged);
-  const auto kernel = launch.staged ? dual_kernel<S, kWidth, true> : dual_kernel<S, kWidth, false>;
+  const Launch launch = make_launch<S, kWidth>(size, 4, kDualKept, kMaxDualStaged, kMany);
+  const auto kernel = !launch.staged           ? dual_kernel<S, kWidth, false, kFew>
+                      : launch.threads == kFew ? dual_kernel<S, kWidth, true, kFew>
+                                               : dual_kernel<S, kWidth, true, kMany>;
   return start(kernel, launch, queue, y, scale, shift, static_cast<T>(eps), launch.layout, out, statistics);
 }
 
@@ -622,9 +635,10 @@ template <class S, int kWidth, class T = Arithmetic<S>>
 int dual_backward_as(Dual<const S> grad_out, Dual<const S> y, Dual<const T> scale, const T* shift,
                      const T* statistics, const PlaneBatch& size, void* scratch, Dual<S> grad_y,
                      T* grad_scale, T* grad_shift, const Queue& queue) {
-  const Launch launch = make_launch<S, kWidth>(size, 5, kDualBackwardKept, kMaxDualStaged);
-  const auto kernel =
-      launch.staged ? dual_backward_kernel<S, kWidth, true> : dual_backward_kernel<S, kWidth, false>;
+  const Launch launch = make_launch<S, kWidth>(size, 5, kDualBackwardKept, kMaxDualStaged, kMany);
+  const auto kernel = !launch.staged           ? dual_backward_kernel<S, kWidth, false, kFew>
+                      : launch.threads == kFew ? dual_backward_kernel<S, kWidth, true, kFew>
+                                               : dual_backward_kernel<S, kWidth, true, kMany>;
   T *scale_sums = static_cast<T*>(scratch), *shift_sums = scale_sums + size.n * size.channels;
   const int error = start(kernel, launch, queue, grad_out, y, scale, shift, statistics, launch.layout, grad_y,
                           scale_sums, shift_sums);

@@ -351,6 +351,7 @@ void check_all(const Setting& setting) {
   check_inputs(setting, random_inputs<S>({1, 4, 72, 160}, 0, 0), 0);   // beyond shared memory, in packs
   check_inputs(setting, random_inputs<S>({1, 1, 226, 224}, 0, 0), 0);  // and in single values
   check_inputs(setting, random_inputs<S>({8, 36, 16, 16}, 0, 0), 0);   // enough blocks for wide ones
+  check_inputs(setting, random_inputs<S>({4, 64, 32, 32}, 0, 0), 0);   // no room for a second block
   for (const int64_t height : {3, 4}) check_constant_planes<S>(setting, height);
   for (const int64_t channels : {35, 36})
     for (const int64_t height : {5, 6}) check_nan_shows<S>(setting, channels, height);
