@@ -50,6 +50,15 @@ class Searched(NamedTuple):
         return all(tested.finite for tested in (*self.distilled, *self.random))
 
 
+class Tried(NamedTuple):
+    """Networks trained on one of the sets to choose from."""
+
+    path: Path
+    step: int
+    lr: float
+    tested: list[Scores]
+
+
 class Evaluation:
     """Trains and tests networks of one run; each depends only on the seed, its training images and its number.
 
@@ -127,6 +136,12 @@ class Evaluation:
         images, labels = trained_on.images, trained_on.labels
         numbers = range(self.config.evaluate.networks)
         return self.networks([(model, images, labels, recipe, "distilled", n) for n in numbers])
+
+    def tried(self, model: str, path: Path) -> Tried:
+        """Networks on the set of a file."""
+        step, held = _loaded(path)
+        recipe = self.recipe(held)
+        return Tried(path, step, recipe.lr, self.distilled(model, held, recipe))
 
     def searched(self, model: str, trained_on: Synthetic) -> Searched:
         """The rate of :data:`RATES` with which one network does best, among those at which no network diverges."""
@@ -252,7 +267,9 @@ def compare(
         how. With ``select`` "all" the method's name stands for the last step, and beside it ``<method>/val`` and
         ``<method>/test`` for the snapshots that were best there; with ``search_lr`` there are ``<method>/searched`` and
         ``random/searched``, with ``augmentations`` ``<method>/<name>`` and ``random/<name>`` for each, and
-        ``robustness``, see :func:`robustness`.
+        ``robustness``, see :func:`robustness`. Where there were several snapshots to choose from, ``snapshots`` of each
+        architecture: what each of them reached, in the order of the outer steps; its ``step``, ``mean``, ``std`` and
+        ``networks``, and ``val``, their mean on held-out images if there are any.
 
     Raises:
         UserError: what :func:`check` refuses, a missing snapshot, or another process evaluates this run.
@@ -266,11 +283,16 @@ def compare(
         ledger = runs.Ledger(folder / _PARTS, networks.about(config, dataset))
         trainings = Trainings(Backend.of(config.run, device), progress, ledger)
         evaluation = Evaluation(config, dataset, groups, trainings)
-        tables = {model: _table(evaluation, model, candidates) for model in names}
+        tables, snapshots = {}, {}
+        for model in names:
+            tried = [evaluation.tried(model, path) for path in candidates]
+            tables[model], snapshots[model] = _table(evaluation, model, tried), [_reached(each) for each in tried]
     protocol = {"select": settings.select, "networks": settings.networks, "ddof": 1, "epochs": settings.epochs}
     if settings.search_lr:
         protocol["searched_on"] = "held-out" if len(dataset.val_labels) else "test"
     results = {"accuracy": next(iter(tables.values())), "models": tables, "protocol": protocol}
+    if len(candidates) > 1:
+        results["snapshots"] = snapshots
     if settings.augmentations:
         results["robustness"] = {model: robustness(table, settings.augmentations) for model, table in tables.items()}
     return results
@@ -292,28 +314,21 @@ def _images_trained_on(config: Config, dataset: Dataset, candidates: list[Path])
     return settings.networks * (images + settings.full_epochs * len(dataset.train_labels)) + tried
 
 
-def _table(evaluation: Evaluation, model: str, candidates: list[Path]) -> dict[str, Any]:
+def _table(evaluation: Evaluation, model: str, tried: list[Tried]) -> dict[str, Any]:
     """The figures of one architecture by condition."""
     settings, ipc = evaluation.config.evaluate, evaluation.config.distill.ipc
     method = evaluation.config.distill.method
     table: dict[str, Any] = {}
-    sets = (_loaded(path)[1] for path in candidates)  # one at a time: they may be large
-    tried = [evaluation.distilled(model, held, evaluation.recipe(held)) for held in sets]
-
-    def entry(index: int) -> dict[str, Any]:
-        step, held = _loaded(candidates[index])
-        return {**_summary(tried[index]), "step": step, "lr": evaluation.recipe(held).lr}
-
-    best = {part: max(range(len(tried)), key=lambda i: _mean(tried[i], part)) for part in ("val", "test")}
-    best["final"] = best["all"] = len(tried) - 1
-    _, chosen = _loaded(candidates[best[settings.select]])
+    best = {part: max(tried, key=lambda each: _mean(each.tested, part)) for part in ("val", "test")}
+    best["final"] = best["all"] = tried[-1]
+    _, chosen = _loaded(best[settings.select].path)
     learned = evaluation.recipe(chosen)
     table["random"] = _summary(evaluation.random(model, ipc, learned))
     if method != "random":  # the spread of random images is that of the draw, not that of networks on one draw
-        table[method] = entry(best[settings.select])
+        table[method] = _entry(best[settings.select])
     if settings.select == "all":
         parts = ("val", "test") if len(evaluation.dataset.val_labels) else ("test",)
-        table |= {f"{method}/{part}": entry(best[part]) for part in parts}
+        table |= {f"{method}/{part}": _entry(best[part]) for part in parts}
     if settings.search_lr:
         searched = evaluation.searched(model, chosen)
         table["random/searched"] = {**_summary(searched.random), "lr": searched.lr}
@@ -358,6 +373,16 @@ def _mean(tested: list[Scores], part: str) -> float:
     return statistics.fmean(s.val if part == "val" and s.val is not None else s.test for s in tested)
 
 
+def _entry(chosen: Tried) -> dict[str, Any]:
+    return {**_summary(chosen.tested), "step": chosen.step, "lr": chosen.lr}
+
+
+def _reached(tried: Tried) -> dict[str, Any]:
+    """A point of the accuracy over the outer steps."""
+    held_out = [s.val for s in tried.tested if s.val is not None]
+    return {"step": tried.step, **_summary(tried.tested), **({"val": statistics.fmean(held_out)} if held_out else {})}
+
+
 def _candidates(folder: Path, select: str) -> list[Path]:
     """The snapshots to choose from, the last one last; the result alone if nothing is selected."""
     if select == "final":
@@ -393,6 +418,8 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     forget_parts(folder)
     print(runs.accuracy_table(results))
     print(f"\nwritten: {folder}/evaluation.json")
+    if "snapshots" in results:
+        print(f"python -m ddpp.report {folder} draws the accuracy over the outer steps")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,13 +22,22 @@ from ddpp.config import Config
 COLUMNS, ROWS = 20, 10  # of the picture of the images
 
 
-def write(folder: Path, results: dict[str, Any]) -> None:
-    """Writes ``images.png``, ``curves.png`` and ``report.md`` from the results and the run's other files."""
+def write(folder: Path, results: dict[str, Any]) -> list[str]:
+    """Writes ``report.md`` and its pictures from the results and the run's other files.
+
+    These are ``images.png`` and ``curves.png``; where several snapshots were evaluated also their accuracy over the
+    outer steps: ``accuracy.png`` of the results, ``evaluation.png`` of ``evaluation.json``.
+
+    Returns:
+        The names of what was written.
+    """
     held, meta = synthetic.load(folder / "synthetic.safetensors")
     _draw_images(folder, held.images, meta["classes"])
     log = folder / "log.jsonl"
     _draw_curves(runs.read_log(log) if log.is_file() else [], folder / "curves.png")
-    runs.write_text(folder / "report.md", _text(results, meta["dataset"], synthetic.size_text(meta)))
+    pictures = {"images.png": "start above result", "curves.png": "curves", **_draw_snapshots(folder, results)}
+    runs.write_text(folder / "report.md", _text(results, meta["dataset"], synthetic.size_text(meta), pictures))
+    return ["report.md", *pictures]
 
 
 def _draw_images(folder: Path, result: Tensor, classes: Sequence[str]) -> None:
@@ -83,17 +92,48 @@ def _draw_curves(rows: list[dict[str, Any]], path: Path) -> None:
     runs.write_figure(path, figure)
 
 
-def _text(results: dict[str, Any], data_name: str, size: str) -> str:
+def _draw_snapshots(folder: Path, results: dict[str, Any]) -> dict[str, str]:
+    """What each snapshot reached, in the results and in the last evaluation: the pictures' names and what they show."""
+    evaluation, shown = folder / "evaluation.json", "accuracy over the outer steps"
+    evaluated = runs.read_json(evaluation) if evaluation.is_file() else {}
+    drawn = {}
+    for name, found, title in (
+        ("accuracy.png", results, shown),
+        ("evaluation.png", evaluated, f"{shown}, by the last ddpp.evaluate"),
+    ):
+        if "snapshots" in found:
+            _draw_accuracy(found, folder / name)
+            drawn[name] = title
+        else:
+            (folder / name).unlink(missing_ok=True)  # of an evaluation before
+    return drawn
+
+
+def _draw_accuracy(results: dict[str, Any], path: Path) -> None:
+    """Test accuracy over the outer steps, a line an architecture, beside that of random real images."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for model, reached in results["snapshots"].items():
+        steps, means, stds = ([point[key] for point in reached] for key in ("step", "mean", "std"))
+        line = axis.errorbar(steps, means, stds, marker="o", markersize=3, capsize=3, label=model).lines[0]
+        random = results["models"][model]["random"]["mean"]
+        axis.axhline(random, color=line.get_color(), linestyle="--")
+    axis.plot([], [], color="black", linestyle="--", label="random real images")
+    axis.set_xlabel("outer step")
+    axis.set_ylabel("test accuracy, percent")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    runs.write_figure(path, figure)
+
+
+def _text(results: dict[str, Any], data_name: str, size: str, pictures: dict[str, str]) -> str:
     steps, seconds, method = results["steps"], results["seconds"], results["config"]["distill"]["method"]
     lines = [
         f"# {data_name}, {method}, {size}",
         "",
         runs.accuracy_table(results),
         "",
-        "![start above result](images.png)",
-        "",
-        "![curves](curves.png)",
-        "",
+        *(line for name, title in pictures.items() for line in (f"![{title}]({name})", "")),
         steps_text(steps),
         "",
         *(line for text in results.get("advice", []) for line in (text, "")),
@@ -118,8 +158,7 @@ def steps_text(steps: dict[str, int]) -> str:
 def _run(config: Config, args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     results = runs.read_json(folder / "results.json", "the run is not finished; continue it with --resume")
-    write(folder, results)
-    print(f"written: {args.folder}/report.md, images.png, curves.png")
+    print(f"written: {args.folder}/{', '.join(write(folder, results))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -377,6 +377,85 @@ def test_augmentations_stand_side_by_side(finished: Path, capsys: pytest.Capture
     assert "unknown augmentation 'randomaugment'; did you mean 'randaugment'?" in capsys.readouterr().err
 
 
+def test_accuracy_over_the_outer_steps(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    argv = [
+        str(run),
+        "--models",
+        "convnet",
+        "mlp",
+        "--networks",
+        "2",
+        "--epochs",
+        "2",
+        "--full-epochs",
+        "0",
+        "--select",
+    ]
+    assert evaluate.main([*argv, "all"]) == 0
+    found = json.loads((run / "evaluation.json").read_text())
+    assert list(found["snapshots"]) == ["convnet", "mlp"]
+    for model, reached in found["snapshots"].items():
+        table = found["models"][model]
+        assert [point["step"] for point in reached] == [0, 2, 4, 6]
+        assert reached[-1]["networks"] == table["ddpp"]["networks"] and reached[-1]["std"] == table["ddpp"]["std"]
+        assert max(point["mean"] for point in reached) == table["ddpp/test"]["mean"]
+        assert max(reached, key=lambda point: point["val"])["step"] == table["ddpp/val"]["step"]
+    assert report.main([str(run)]) == 0
+    assert (run / "evaluation.png").stat().st_size > 1000 and "(evaluation.png)" in (run / "report.md").read_text()
+    assert evaluate.main([*argv, "final"]) == 0
+    assert "snapshots" not in json.loads((run / "evaluation.json").read_text())
+    assert report.main([str(run)]) == 0
+    assert not (run / "evaluation.png").exists() and "(evaluation.png)" not in (run / "report.md").read_text()
+
+
+def test_a_run_that_selects_shows_its_accuracy_over_the_outer_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, argv = tmp_path / "run", [*TOY, "--evaluate-select", "test", "--validation", "0"]
+    assert distill.main([*argv, "--method", "dm", "--real-batch", "16", "--out", str(run)]) == 0
+    (reached,) = json.loads((run / "results.json").read_text())["snapshots"].values()
+    assert [point["step"] for point in reached] == [0, 2, 4, 6] and not any("val" in point for point in reached)
+    drawn = (run / "accuracy.png").read_bytes()
+    (run / "accuracy.png").unlink()
+    assert report.main([str(run)]) == 0
+    assert f"{run}/report.md, images.png, curves.png, accuracy.png" in capsys.readouterr().out
+    assert (run / "accuracy.png").read_bytes() == drawn and "(accuracy.png)" in (run / "report.md").read_text()
+
+
+def test_what_needs_no_outer_step_has_no_accuracy_over_them(tmp_path: Path) -> None:
+    argv = [*TOY, "--evaluate-select", "all", "--method", "random", "--out", str(tmp_path)]
+    assert distill.main(argv) == 0
+    assert "snapshots" not in json.loads((tmp_path / "results.json").read_text())
+    assert not (tmp_path / "accuracy.png").exists()
+
+
+def test_the_picture_of_accuracy_over_the_outer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line with error bars for each architecture, and a dashed one of its colour for random real images."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(runs, "write_figure", lambda path, figure: drawn.append(figure))
+    points = [{"step": 0, "mean": 20.0, "std": 1.0}, {"step": 50, "mean": 40.0, "std": 2.0}]
+    models = {"convnet": 25.0, "convnet:64": 30.0}
+    results = {
+        "snapshots": dict.fromkeys(models, points),
+        "models": {name: {"random": {"mean": mean}} for name, mean in models.items()},
+    }
+    report._draw_accuracy(results, Path("accuracy.png"))
+    (axis,) = drawn[0].axes
+    bars, dashed = (
+        axis.containers,
+        [line for line in axis.lines if line.get_linestyle() == "--" and len(line.get_xdata())],
+    )
+    assert [bar.get_label() for bar in bars] == list(models)
+    assert [line.get_ydata()[0] for line in dashed] == list(models.values())
+    assert [line.get_color() for line in dashed] == [bar.lines[0].get_color() for bar in bars]
+    for bar in bars:
+        assert bar.lines[0].get_xydata().tolist() == [[0, 20], [50, 40]]
+        (whiskers,) = bar.lines[2]
+        assert [segment[:, 1].tolist() for segment in whiskers.get_segments()] == [[19, 21], [38, 42]]
+
+
 def test_report_is_made_from_files_alone(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "images.png").read_bytes()
     (finished / "images.png").unlink()
