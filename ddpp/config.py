@@ -214,7 +214,9 @@ class DistillConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     models: tuple[str, ...] = option(
-        (), "Architectures to train, convnet:N for width N; by default the one distilled with."
+        (),
+        "Architectures to train, by default the one distilled with; options may follow, as in "
+        "convnet:norm=batch,pooling=max or, for the width alone, convnet:256.",
     )
     networks: int = option(5, "Networks trained from scratch for each figure.", low=1)
     epochs: int = option(300, "Epochs on the synthetic images; the rate falls to a tenth halfway.", low=1)

@@ -9,7 +9,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from ddpp import augment, cli, data, models, networks, runs, scores, seeds, synthetic, training
-from ddpp.config import Config, ModelConfig
+from ddpp.config import Config, ModelConfig, value_type
 from ddpp.data import Dataset, Images, policies
-from ddpp.errors import UserError
+from ddpp.errors import UserError, nearest
 from ddpp.networks import Job, Trainings
 from ddpp.synthetic import Synthetic
 from ddpp.training import Backend, Recipe
 
 _WITHOUT_POLICY = ("none", "dsa")  # augmentations that training itself knows
+_AS_IN = "as in convnet:norm=batch,width=256"
 _PARTS = "evaluated.jsonl"  # in a run folder: what single networks reached, while not all are done
 RATES = (0.001, 0.005, 0.01, 0.05, 0.1)  # searched, as DD-Ranking does (arXiv 2505.13300)
 
@@ -233,11 +234,14 @@ def check(config: Config, dataset: Dataset) -> None:
     """Refuses options that cannot be evaluated.
 
     Raises:
-        UserError: an unknown architecture or augmentation, an architecture that does not suit the images, or
-            ``--select val`` without a held-out part.
+        UserError: an unknown architecture or augmentation, an architecture that does not suit the images or whose
+            options are wrong, or ``--select val`` without a held-out part.
     """
     for name in config.evaluate.models:
-        models.build(_model(config, name), dataset.shape, len(dataset.classes), seed=0)
+        try:
+            models.build(_model(config, name), dataset.shape, len(dataset.classes), seed=0)
+        except UserError as e:
+            raise UserError(f"--models {name}: {e}") from e
     for name in config.evaluate.augmentations:
         policies.check_policy(name, *_WITHOUT_POLICY)
     if config.evaluate.select == "val" and not len(dataset.val_labels):
@@ -245,14 +249,32 @@ def check(config: Config, dataset: Dataset) -> None:
 
 
 def _model(config: Config, name: str) -> ModelConfig:
-    """The architecture of a name such as ``vgg11``, or ``convnet:1024`` for a ConvNet of that width."""
-    model, _, width = name.partition(":")
-    if not width:
-        return replace(config.model, model=model)
-    if model not in models.convnet.NAMES or not width.isdigit() or int(width) < 1:
-        known = " and ".join(models.convnet.NAMES)
-        raise UserError(f"--models {name}: a width stands after {known} only, as in convnet:1024")
-    return replace(config.model, model=model, width=int(width))
+    """The architecture of a name such as ``vgg11``, ``convnet:1024`` for that width or ``convnet:norm=batch,depth=4``.
+
+    Options that are not named are those of ``config``.
+    """
+    model, colon, text = name.partition(":")
+    base = replace(config.model, model=model)
+    if not colon:
+        return base
+    if not models.reads_options(model):
+        those = " and ".join(filter(models.reads_options, models.MODELS.names()))
+        raise UserError(f"{model} reads no options; {those} do, {_AS_IN}")
+    return Config(model=base).with_values({"model": _options(text)}, f"options {_AS_IN}").model
+
+
+def _options(text: str) -> dict[str, Any]:
+    """The values of ``norm=batch,width=256``; a number by itself is the width."""
+    known, found = [f.name for f in fields(ModelConfig) if f.name != "model"], {}
+    for part in text.split(","):
+        key, _, value = ("width", "", part) if part.isdecimal() else part.partition("=")
+        if key not in known:
+            names = ", ".join(known)
+            raise UserError(f"options {_AS_IN}: unknown option {key!r}{nearest(key, known)} Known: {names}")
+        if key in found:
+            raise UserError(f"options {_AS_IN}: {key} is given twice, name it once")
+        found[key] = int(value) if value_type(ModelConfig, key)[0] is int and value.isdecimal() else value
+    return found
 
 
 def compare(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from ddpp import distill, evaluate, report, runs, synthetic
-from ddpp.config import Config, DistillConfig
+from ddpp.config import Config, DistillConfig, ModelConfig
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.methods import ddpp as ddpp_method
@@ -304,13 +305,53 @@ def test_the_bar_of_an_evaluation_reaches_its_end(threads: str, finished: Path, 
     assert bars[0].total == 2 * (2 * 2 * 10 + 1295)  # networks; distilled and random images, and all
 
 
-def test_a_width_may_stand_behind_convnet(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [str(finished), "--networks", "1", "--epochs", "1", "--full-epochs", "0", "--models"]
-    assert evaluate.main([*argv, "convnet", "convnet:16"]) == 0
-    assert set(json.loads((finished / "evaluation.json").read_text())["models"]) == {"convnet", "convnet:16"}
-    for wrong in ("vgg11:64", "convnet:wide"):
-        assert evaluate.main([*argv, wrong]) == 2
-        assert f"--models {wrong}: a width stands after convnet and convnet-kip only" in capsys.readouterr().err
+def test_architectures_may_have_options_of_their_own(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over those of the run."""
+    build, built = evaluate.models.build, set()
+
+    def noted(config: ModelConfig, *rest: Any, **seed: int) -> Any:
+        built.add(config)
+        return build(config, *rest, **seed)
+
+    monkeypatch.setattr(evaluate.models, "build", noted)
+    names = ["convnet", "convnet:16", "convnet-kip:norm=batch,pooling=max", "convnet:4,depth=1,activation=sigmoid"]
+    argv = ["--networks", "1", "--epochs", "1", "--full-epochs", "0", "--models", *names]
+    assert evaluate.main([str(finished), *argv]) == 0
+    run = ModelConfig(width=8)
+    assert built == {
+        run,
+        replace(run, width=16),
+        replace(run, model="convnet-kip", norm="batch", pooling="max"),
+        replace(run, width=4, depth=1, activation="sigmoid"),
+    }
+    assert list(json.loads((finished / "evaluation.json").read_text())["models"]) == names
+    assert f"| trained on | {' | '.join(names)} |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vgg11:64", "vgg11 reads no options; convnet and convnet-kip do, as in convnet:norm=batch,width=256"),
+        ("convnt:64", "unknown model 'convnt'; did you mean 'convnet'?"),
+        ("convnet:nrom=batch", "as in convnet:norm=batch,width=256: unknown option 'nrom'; did you mean 'norm'?"),
+        ("convnet:norm=bacth", "batch, none, got 'bacth'; did you mean 'batch'?"),
+        ("convnet:width=wide", "as in convnet:norm=batch,width=256: model.width must be of type int, got 'wide'"),
+        ("convnet:0", "model.width must be at least 1, got 0"),
+        ("convnet:wide", "unknown option 'wide'; did you mean 'width'? Known: width, depth, norm, activation, pooling"),
+        ("convnet:model=vgg11", "unknown option 'model'"),
+        ("convnet:", "unknown option ''"),
+        ("convnet:64,width=32", "width is given twice, name it once"),
+        ("convnet:depth=9", "depth 9 pools images of 8 pixels below one pixel"),
+    ],
+)
+def test_wrong_options_of_architectures_are_named(
+    name: str, message: str, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([str(finished), "--models", "convnet", name]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ddpp.evaluate: error: --models {name}: ") and message in line
 
 
 def test_protocols_stand_side_by_side(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,10 +146,12 @@ def test_data_and_networks_of_ones_own(tmp_path: Path) -> None:
         "--evaluate-models",
         "convnet",
         "one-layer",
+        "one-layer:width=4",
     ]
     assert distill.main([*own, *more, "--width", "4", "--out", str(tmp_path / "run")]) == 0
     found = runs.read_json(tmp_path / "run" / "results.json")["models"]
-    assert set(found) == {"convnet", "one-layer"} and len(found["one-layer"]["ddpp"]["networks"]) == 2
+    assert set(found) == {"convnet", "one-layer", "one-layer:width=4"}
+    assert len(found["one-layer"]["ddpp"]["networks"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,19 @@ from ddpp.errors import UserError
 from ddpp.models import alexnet, convnet, lenet, mlp, resnet, vgg
 from ddpp.models.base import MODELS, Network, Shape
 
-__all__ = ["MODELS", "Network", "alexnet", "build", "convnet", "describe", "lenet", "mlp", "resnet", "vgg"]
+__all__ = [
+    "MODELS",
+    "Network",
+    "alexnet",
+    "build",
+    "convnet",
+    "describe",
+    "lenet",
+    "mlp",
+    "reads_options",
+    "resnet",
+    "vgg",
+]
 
 
 def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int) -> Network:
@@ -38,6 +50,16 @@ def build(config: ModelConfig, shape: Shape, classes: int, *, seed: int) -> Netw
     return network
 
 
+def reads_options(name: str) -> bool:
+    """Whether an architecture follows width, depth, norm, activation and pooling, as one of a plugin may.
+
+    Raises:
+        UserError: unknown architecture.
+    """
+    MODELS.get(name)
+    return name in convnet.NAMES or bool(MODELS.source(name))
+
+
 def describe(config: ModelConfig, shape: Shape) -> dict[str, Any]:
     """The options that shape the network, defaults filled in: equal descriptions mean equal architectures.
 
@@ -45,7 +67,7 @@ def describe(config: ModelConfig, shape: Shape) -> dict[str, Any]:
     """
     if source := MODELS.source(config.model):
         return {"plugin": source, **asdict(config)}
-    if config.model not in convnet.NAMES:
+    if not reads_options(config.model):
         return {"model": config.model}
     return asdict(replace(config, depth=config.depth or convnet.default_depth(shape[1])))
 
