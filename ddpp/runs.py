@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 import warnings
+import zipfile
 from collections.abc import Collection, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -185,6 +187,29 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, torch.Tensor], dict[s
     if meta is None:
         raise UserError(f"{path} is a safetensors file, but no {what} written by ddpp")
     return tensors, json.loads(meta)
+
+
+def read_pickle(path: Path, advice: str, known: Collection[Any] = (), *, mapped: bool = False) -> Any:
+    """What torch.save wrote; code in a file is not run.
+
+    Args:
+        advice: what to do about a file that cannot be read.
+        known: what may stand there beside tensors and plain values.
+        mapped: tensors stay in the file until they are used, where its format lets them.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds anything else.
+    """
+    try:
+        with torch.serialization.safe_globals(list(known)):
+            maps = mapped and zipfile.is_zipfile(path)  # torch before 1.6 wrote others
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=maps)
+    except pickle.UnpicklingError as e:
+        reason = "it holds more than tensors and numbers, or is of another kind"
+        raise UserError(f"cannot read {path}: {reason}. {advice}") from e
+    except Exception as e:  # a damaged file may end in any
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"cannot read {path}: {reason}. {advice}") from e
 
 
 def read_json(path: Path, absent: str = "restore it from a copy") -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """STAGE 1: trains teachers on the real data and keeps their parameters after each epoch.
 
 ``python -m ddpp.teachers --dataset cifar10 --zca --count 200 --epochs 50``
+
+With ``--from-buffers`` it brings teachers that other codes trained; see :mod:`ddpp.buffers`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpp import augment, cli, data, models, networks, runs, seeds, training, trajectories
+from ddpp import augment, buffers, cli, data, models, networks, runs, seeds, training, trajectories
+from ddpp.buffers import Source
 from ddpp.config import Config
 from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
@@ -29,6 +32,7 @@ from ddpp.trajectories import Begun, Trajectory
 
 _BUFFER, _VELOCITY = "buffer.", "velocity"
 _FEW_STEPS = 5  # in an epoch
+_Make = Callable[[Begun, "tqdm[NoReturn]", runs.Interruption], None]
 _SAMPLE = 5_000  # training images that stand for all of them where none are held out
 
 
@@ -55,25 +59,48 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
         trajectories.remove_leftovers(folder)
         return folder
     epochs, images = config.teachers.epochs, config.teachers.epochs * len(dataset.train_labels)
-    seed = next((t.meta["seed"] for t in present.values()), config.run.seed)
+    seed = next((t.meta["seed"] for t in present.values()), None)
     kept = f", beside {len(present)} that are there (seed {seed})" if present else ""
     print(f"training {len(missing)} teachers for {epochs} epochs into {folder}{kept}")
     if (steps := -(-len(dataset.train_labels) // config.teachers.batch)) < _FEW_STEPS:
         many = f"{len(dataset.train_labels)} images in batches of {config.teachers.batch}"
         print(f"{many} are {steps} steps per epoch, too coarse a trajectory to follow well: lower the teachers' batch")
-    bar = networks.images_bar("teachers", len(missing) * images, shown=progress)
-    with runs.Interruption() as interruption, bar:
-        while missing:
-            with trajectories.begin(folder, count, description, seed) as begun:
-                if begun is None:
-                    _wait(bar, interruption)
-                else:
-                    _train(config, dataset, device, begun, bar, interruption)
-            left = trajectories.missing(folder, count)
-            networks.skip(bar, (len(missing) - len(left) - (begun is not None)) * images)
-            missing = left
-    if interruption.signal is not None:
-        raise runs.Stopped(f"stopped; all teachers are finished and kept in {folder}", interruption.signal)
+    _complete(config, dataset, partial(_train, config, dataset, device), images, progress)
+    return folder
+
+
+def bring(
+    config: Config, dataset: Dataset, files: Sequence[Path], device: torch.device, *, progress: bool = True
+) -> Path:
+    """Brings the first ``config.teachers.count`` teachers of other codes' buffers into the folder.
+
+    Each snapshot's accuracy is measured here. Teachers that are there stay, so that what was cut goes on. What the
+    configuration says of their training is taken on trust, but for the epochs.
+
+    Args:
+        files: buffers, in the order of the teachers; see :mod:`ddpp.buffers`.
+
+    Returns:
+        The folder, as of :func:`train`.
+
+    Raises:
+        UserError: a file cannot be used or does not fit the configuration, or the folder holds other teachers or their
+            first epochs, or foreign files, or cannot be written.
+        runs.Stopped: a signal asked to stop; teachers that were brought are kept.
+    """
+    buffers.check(config.model)
+    folder, settings = folder_of(config, dataset), config.teachers
+    layout = flat.layout(models.build(config.model, dataset.shape, len(dataset.classes), seed=config.run.seed))
+    sources = buffers.find(files, layout, count=settings.count, epochs=settings.epochs)
+    present = trajectories.open_folder(folder, _describe(config, dataset), settings.count)
+    for index, found in present.items():
+        buffers.check_same(found.path, found.meta, sources[index])
+    if len(present) == settings.count:
+        trajectories.remove_leftovers(folder)
+        return folder
+    print(f"bringing {settings.count - len(present)} teachers into {folder}, of {len(sources)} that the buffers hold")
+    images = (settings.epochs + 1) * _number_tested(dataset)
+    _complete(config, dataset, partial(_bring, config, dataset, device, sources), images, progress)
     return folder
 
 
@@ -145,6 +172,26 @@ def _recipe_by_name(config: Config) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if flat_minima or not name.startswith("sharpness")}
 
 
+def _complete(config: Config, dataset: Dataset, make: _Make, images: int, progress: bool) -> None:
+    """Makes the teachers that the folder lacks, each of so many images on the bar, beside others that make some."""
+    folder, count = folder_of(config, dataset), config.teachers.count
+    description = _describe(config, dataset)
+    missing = trajectories.missing(folder, count)
+    bar = networks.images_bar("teachers", len(missing) * images, shown=progress)
+    with runs.Interruption() as interruption, bar:
+        while missing:
+            with trajectories.begin(folder, count, description, config.run.seed) as begun:
+                if begun is None:
+                    _wait(bar, interruption)
+                else:
+                    make(begun, bar, interruption)
+            left = trajectories.missing(folder, count)
+            networks.skip(bar, (len(missing) - len(left) - (begun is not None)) * images)
+            missing = left
+    if interruption.signal is not None:
+        raise runs.Stopped(f"stopped; all teachers are finished and kept in {folder}", interruption.signal)
+
+
 def _train(
     config: Config,
     dataset: Dataset,
@@ -160,6 +207,40 @@ def _train(
     layout = _train_one(config, dataset, device, begun, partial(_advance, bar, interruption, begun))
     trajectories.write(path, begun.snapshots, begun.accuracy, {**begun.meta, "layout": layout})
     begun.discard()
+
+
+def _bring(
+    config: Config,
+    dataset: Dataset,
+    device: torch.device,
+    sources: Sequence[Source],
+    begun: Begun,
+    bar: tqdm[NoReturn],
+    interruption: runs.Interruption,
+) -> None:
+    """Writes one teacher's file from a buffer."""
+    if begun.snapshots:
+        raise UserError(
+            f"{begun.folder} holds the first epochs of a teacher in training. Finish it without --from-buffers, remove "
+            "it, or name another folder of teachers."
+        )
+    path, source = begun.folder.parent / trajectories.file_name(begun.meta["index"]), sources[begun.meta["index"]]
+    bar.set_postfix_str(path.stem)
+    model = models.build(config.model, dataset.shape, len(dataset.classes), seed=begun.meta["seed"]).to(device)
+    accuracy_of = _measure(dataset, begun.meta["seed"], Backend.of(config.run, device))
+    try:
+        snapshots, accuracy = buffers.read(source), []
+        for snapshot in snapshots:
+            flat.load_flat_(model, snapshot)
+            accuracy.append(accuracy_of(model))
+            bar.update(_number_tested(dataset))
+            if interruption.signal is not None:
+                text = f"stopped; teachers that were brought are kept in {path.parent}, ask again for the others"
+                raise runs.Stopped(text, interruption.signal)
+        meta = {**begun.meta, "layout": flat.layout(model), "imported": source.meta()}
+        trajectories.write(path, snapshots, accuracy, meta)
+    finally:
+        begun.discard()
 
 
 def _wait(bar: tqdm[NoReturn], interruption: runs.Interruption) -> None:
@@ -189,13 +270,11 @@ def _train_one(
     key = begun.meta["seed"], "teacher", begun.meta["index"]
     model = models.build(config.model, dataset.shape, len(dataset.classes), seed=seeds.derive(*key, "network"))
     model.to(device)
-    images, labels = _tested(dataset, key[0])
-    images, labels = images.to(device), labels.to(device)  # once, and not at each epoch
     backend = Backend.of(config.run, device)
+    accuracy_of = _measure(dataset, key[0], backend)
 
     def keep(standing: Standing) -> None:
-        found = training.accuracy(model, images, labels, backend)
-        begun.add(flat.flatten(model).cpu(), found, _state(model, standing))
+        begun.add(flat.flatten(model).cpu(), accuracy_of(model), _state(model, standing))
 
     start = _go_on(model, begun) if begun.snapshots else training.BEGINNING
     if not begun.snapshots:
@@ -233,6 +312,13 @@ def _go_on(model: nn.Module, begun: Begun) -> Standing:
     return Standing(begun.epochs, begun.state.get(_VELOCITY))
 
 
+def _measure(dataset: Dataset, seed: int, backend: Backend) -> Callable[[nn.Module], float]:
+    """What tells a teacher's accuracy."""
+    images, labels = _tested(dataset, seed)
+    images, labels = images.to(backend.device), labels.to(backend.device)  # once, and not at each epoch
+    return lambda model: training.accuracy(model, images, labels, backend)
+
+
 def _tested(dataset: Dataset, seed: int) -> tuple[Tensor | Images, Tensor]:
     """Images and labels that tell a teacher's accuracy: those held out, or else a sample of the training images."""
     if len(dataset.val_labels):
@@ -242,19 +328,39 @@ def _tested(dataset: Dataset, seed: int) -> tuple[Tensor | Images, Tensor]:
     return dataset.train_images[chosen], dataset.train_labels[chosen]
 
 
+def _number_tested(dataset: Dataset) -> int:
+    return len(dataset.val_labels) or min(len(dataset.train_labels), _SAMPLE)
+
+
 def _run(config: Config, args: argparse.Namespace) -> None:
-    dataset = data.load(config.data)
-    folder = train(config, dataset, cli.device(config))
+    dataset, device = data.load(config.data), cli.device(config)
+    files = [Path(name) for name in args.from_buffers]
+    folder = bring(config, dataset, files, device) if files else train(config, dataset, device)
     found = trajectories.open_folder(folder, _describe(config, dataset), config.teachers.count)
-    last = [t.accuracy()[-1] for t in found.values()]
+    last = statistics.fmean(t.accuracy()[-1] for t in found.values())
     part = "the held-out images" if len(dataset.val_labels) else "a sample of the training images"
-    print(f"{len(last)} teachers in {folder}, right on {statistics.fmean(last):.1f} % of {part}")
+    if files and len(dataset.val_labels):
+        part += ", on which other codes train too (--validation 0 holds out none)"
+    print(f"{len(found)} teachers in {folder}, right on {last:.1f} % of {part}")
+    if files and (doubt := buffers.doubt(last, len(dataset.classes))):
+        print(doubt)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from-buffers",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="Bring teachers that the code of MTT, TESLA, FTD or DATM trained, replay_buffer_*.pt, and train none. "
+        "--count and --epochs must be theirs; other options of training are kept as what you say of it.",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Train teachers on the real data and keep their parameters after each epoch."
     sections = ("data", "model", "augment", "teachers", "run")
-    return cli.run("teachers", description, "teachers", sections, _run, argv)
+    return cli.run("teachers", description, "teachers", sections, _run, argv, arguments=_arguments)
 
 
 if __name__ == "__main__":

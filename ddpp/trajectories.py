@@ -3,7 +3,7 @@
 What a teacher in training has reached stands in a hidden folder beside them, from which it goes on if it is cut. A file
 holds ``snapshots`` [E + 1, P], the flat parameters before the first epoch and after each one,
 ``accuracy`` [E + 1] in percent, and as metadata what the teacher was: layout, model, data set, recipe,
-augmentation, seed and index.
+augmentation, seed and index, and ``imported`` of which file of another code it is, where it is of one.
 """
 
 from __future__ import annotations

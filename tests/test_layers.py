@@ -24,6 +24,7 @@ LEVELS: dict[str, float] = {
     "pruning": 2.5,
     "gpu": 2.7,
     "trajectories": 3,
+    "buffers": 3,
     "unroll": 3,
     "training": 3,
     "networks": 3.2,

@@ -19,6 +19,7 @@ from ddpp.dual import ConvNetStep
 from ddpp.gpu import Graphs
 from ddpp.methods import METHODS, Problem
 from ddpp.methods.ddpp import DDPP
+from ddpp.models import flat
 from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
@@ -202,6 +203,16 @@ def test_teachers_are_those_of_the_cpu(sharpness: str, elsewhere: str, tmp_path:
         trajectories.Trajectory.open(tmp_path / device / trajectories.file_name(0)) for device in ("cpu", elsewhere)
     )
     torch.testing.assert_close(found.rows(0, 1), wanted.rows(0, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_buffers_of_other_codes_are_measured(elsewhere: str, folder: Path, tmp_path: Path) -> None:
+    trained = trajectories.Trajectory.open(folder / trajectories.file_name(0))
+    rows = [flat.unflatten(trained.rows(epoch, 0)[0], trained.layout) for epoch in range(3)]
+    torch.save([[list(row.values()) for row in rows]], tmp_path / "replay_buffer_0.pt")
+    arguments = ["--count", "1", "--epochs", "2", "--folder", str(tmp_path / "brought"), "--from-buffers"]
+    assert run(teachers.main, elsewhere, [*NETWORK, *arguments, str(tmp_path / "replay_buffer_0.pt")]) == 0
+    found = trajectories.Trajectory.open(tmp_path / "brought" / trajectories.file_name(0))
+    assert found.accuracy() == pytest.approx(trained.accuracy(), abs=1)  # percent: an image or two of the held-out ones
 
 
 def test_a_teacher_that_was_cut_goes_on(elsewhere: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -195,15 +194,7 @@ def _load(path: Path) -> Any:
     scalar = np.float64(0).__reduce__()[0]
     known: list[Any] = [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]  # the older name too
     known += [type(np.dtype(name)) for name in _OF_NUMPY]
-    try:
-        with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        reason = "it holds more than tensors and numbers, or is of another kind"
-        raise UserError(f"cannot read {path}: {reason}. Give files that torch.save wrote.") from e
-    except Exception as e:  # a damaged file may end in any
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(f"cannot read {path}: {reason}. Give files that torch.save wrote.") from e
+    return runs.read_pickle(path, "Give files that torch.save wrote.", known)
 
 
 def _of_numpy(path: Path) -> Any:
