@@ -191,7 +191,7 @@ def test_the_step_size_stays_positive() -> None:
     ("argv", "message"),
     [
         (["--ipc", "1000"], "--ipc 1000 is more than the"),
-        (["--max-start-epoch", "9"], "reaches epoch 9, but the teachers have 3."),
+        (["--max-start-epoch", "9"], "needs teachers of 9 epochs, got --teachers-epochs 3."),
         (["--epsilon", "0"], "--epsilon must be above 0, got 0; to prune nothing, give --prune none or --method mtt"),
         (["--method", "dpp"], "unknown method 'dpp'; did you mean 'ddpp'?"),
         (["--model", "convent"], "unknown model 'convent'; did you mean 'convnet'?"),
@@ -202,7 +202,7 @@ def test_the_step_size_stays_positive() -> None:
         (["--norm", "batch", "--bf16"], "--bf16 is there for a ConvNet with instance normalisation"),
         (["--method", "dm", "--norm", "batch"], "--norm batch takes away what tells classes apart"),
         (["--method", "cafe", "--norm", "batch"], "--method cafe passes each class through the network by itself"),
-        (["--device", "cuda:99"], "CUDA devices here"),
+        (["--device", "cuda:99"], "CUDA devices. Use --device cpu"),
         (["--device", "meta"], "--device must be auto, cpu, cuda or cuda:N, got 'meta'"),
         (["--device", "warp"], "--device must be auto, cpu, cuda or cuda:N, got 'warp'"),
     ],
