@@ -61,18 +61,20 @@ KERNELS = 15  # of a profile, the slowest ones
 OUTER_STEPS = {"IPC 1, J = 50": Case(1, 10, 50), "batch 100, J = 30": Case(10, 100, 30)}
 PRECISIONS = {"float32": False, "TF32": True}
 STREAMS = 32  # of torch's pool; cuBLAS keeps memory for each that it has worked on
+IN_CACHE = {"head"}  # operators whose operands a step has just written
 SMALL_OUTER_STEPS = {"IPC 1, J = 2": Case(1, 10, 2)}
 
 
 class Clock:
-    """Milliseconds of a call on a device, with cold caches."""
+    """Milliseconds of a call on a device, with cold caches or with what the call before left there."""
 
     def __init__(self, device: torch.device, small: bool) -> None:
         self.device = device
         self.cache = torch.zeros((2**20 if small else CACHE) // 4, device=device)
 
-    def __call__(self, call: Side, ahead: bool) -> float:
-        self.cache.sum()  # read, not written: what is written may reach the memory while the call runs
+    def __call__(self, call: Side, ahead: bool, cold: bool) -> float:
+        if cold:
+            self.cache.sum()  # read, not written: what is written may reach the memory while the call runs
         if self.device.type != "cuda":
             began = time.perf_counter()
             call()
@@ -86,12 +88,14 @@ class Clock:
         end.synchronize()
         return float(begin.elapsed_time(end))
 
-    def medians(self, sides: dict[str, Side], rounds: int = ROUNDS, ahead: bool = True) -> dict[str, float]:
+    def medians(
+        self, sides: dict[str, Side], rounds: int = ROUNDS, ahead: bool = True, cold: bool = True
+    ) -> dict[str, float]:
         """By side; with ``ahead`` the device begins when the host has launched most of a call, and waits for nobody."""
         for call in sides.values():
             call()
             call()
-        found = [{name: self(call, ahead) for name, call in sides.items()} for _ in range(rounds)]
+        found = [{name: self(call, ahead, cold) for name, call in sides.items()} for _ in range(rounds)]
         return {name: statistics.median(row[name] for row in found) for name in sides}
 
 
@@ -450,18 +454,27 @@ OPERATORS: dict[str, Callable[[torch.device, bool], dict[str, tuple[int, dict[st
     "norm_pool_layers": norm_pool_layers,
     "head": head,
 }
-PARTS = *STEPS, *OPERATORS  # what matters most comes first
+PARTS = "outer_steps", "head", "dsa", "norm_pool", "norm_pool_layers", "match_loss", "convolutions", "trainings"
 
 
 def rows(clock: Clock, speed: float, small: bool, parts: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Each row of the table."""
+    """Each row of the table. A part that fails is a row that says so; the others are measured all the same."""
     for part in parts:
-        if part in STEPS:
-            yield from STEPS[part](clock, small)
-            continue
-        for name, (moved, sides) in OPERATORS[part](clock.device, small).items():
-            found = clock.medians(sides, 3 if small else ROUNDS)
-            yield {"case": name, "ms": found, "share_of_copying": moved / found["fused"] / speed}
+        try:
+            yield from STEPS[part](clock, small) if part in STEPS else _operators(clock, speed, small, part)
+        except Exception as error:
+            yield {"case": part, "error": f"{type(error).__name__}: {error}"}
+
+
+def _operators(clock: Clock, speed: float, small: bool, part: str) -> Iterator[dict[str, Any]]:
+    for name, (moved, sides) in OPERATORS[part](clock.device, small).items():
+        rounds = 3 if small else ROUNDS
+        found = clock.medians(sides, rounds)
+        share = moved / found["fused"] / speed
+        if part in IN_CACHE:
+            warm = {side: clock.medians({side: call}, rounds, cold=False)[side] for side, call in sides.items()}
+            found |= {f"{side}, in cache": ms for side, ms in warm.items()}
+        yield {"case": name, "ms": found, "share_of_copying": share}
 
 
 def measure(device: torch.device, small: bool, parts: Sequence[str], out: Path | None) -> dict[str, Any]:
@@ -521,6 +534,8 @@ def _peaks(sides: dict[str, Callable[[], Side]], device: torch.device) -> dict[s
 
 
 def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"| {row['case']} | failed: {' '.join(row['error'].split())[:200]} | | | |"
     ms = row["ms"]
     others = [f"{ms[o]:.3g} ms ({ms[o] / ms['fused']:.1f}x)" if o in ms else "" for o in ("pytorch", "compile")]
     notes = [f"{100 * row['share_of_copying']:.0f} % of copying"] if "share_of_copying" in row else []
@@ -549,7 +564,9 @@ def main() -> None:
     print("| | fused | pure PyTorch | torch.compile | |\n|---|---|---|---|---|")
     torch.backends.cudnn.benchmark = args.search
     parts = args.parts or (("outer_steps", "convolutions") if args.search else PARTS)
-    measure(torch.device(args.device), args.small, parts, args.out)
+    result = measure(torch.device(args.device), args.small, parts, args.out)
+    if failed := [row["case"] for row in result["rows"] if "error" in row]:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

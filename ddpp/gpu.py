@@ -7,11 +7,14 @@ those that need not wait for each other on streams beside each other.
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +47,10 @@ class CudaGraphs:
 
     #: Of any capture in this process. Torch's allocator does not get over one that broke off, so no other is tried.
     failed = False
+    _pools: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()  # of all captures
+    _for_good: ClassVar[
+        list[Any]
+    ] = []  # pools that are there then: torch 2.11 ends the process where one is given back
 
     def __init__(self, sides: int = SIDES) -> None:
         self.sides = sides
@@ -58,11 +65,14 @@ class CudaGraphs:
             self._warm_up(call, main, current)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=self._pool.id, stream=main):
+                with _no_collection(), torch.cuda.graph(graph, pool=self._pool.id, stream=main):
                     results = call()
-            except RuntimeError:
+            except RuntimeError as error:
                 CudaGraphs.failed = True
+                CudaGraphs._for_good.extend(CudaGraphs._pools)
                 torch.cuda.set_stream(current)  # one that broke off leaves its own
+                if isinstance(error.__context__, KeyboardInterrupt):  # which is what broke it off
+                    raise error.__context__ from None
                 raise
         return results, graph.replay
 
@@ -70,6 +80,7 @@ class CudaGraphs:
         """On the graphs' memory, or else it would be needed twice."""
         torch.cuda.empty_cache()  # a pool that lacks memory does not ask for what is cached elsewhere
         self._pool = self._pool or torch.cuda.MemPool()
+        CudaGraphs._pools.add(self._pool)
         main.wait_stream(current)
         try:
             with torch.cuda.stream(main), torch.cuda.use_mem_pool(self._pool):
@@ -80,6 +91,18 @@ class CudaGraphs:
             raise
         finally:
             current.wait_stream(main)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within the block no garbage is collected: an older graph's memory must not be given back during a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @cache

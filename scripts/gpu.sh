@@ -86,11 +86,16 @@ elif wanted sanitize; then
   # slower: tests that touch every kernel.
   step "compute-sanitizer initcheck over the op contract"
   DDPP_UNWRITTEN=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize 90 initcheck \
-    "$python" -m pytest -q -x -p no:cacheprovider tests/test_op_contract.py -k "cuda and (value_and_gradient or beyond_the_last)"
-  for tool in memcheck synccheck racecheck; do
-    step "compute-sanitizer $tool over the C++ tests"
-    for test in "$cpp"/test_*_device; do sanitize 120 $tool "$test"; done
-  done
+    "$python" -m pytest -q -x -p no:cacheprovider tests/test_op_contract.py tests/test_ops_head.py \
+    -k "cuda and (value_and_gradient or beyond_the_last or against_autograd)"
+  over() {  # the C++ tests of these ops; those whose kernels no GPU has run yet come first
+    for tool in memcheck synccheck racecheck; do
+      step "compute-sanitizer $tool over the C++ tests of: $*"
+      for op in "$@"; do sanitize 120 "$tool" "$cpp/test_${op}_device"; done
+    done
+  }
+  over head dsa
+  over match_loss norm_pool
 fi
 
 if wanted search; then

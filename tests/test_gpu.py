@@ -139,12 +139,15 @@ class Pool:
 
 
 class HalfAGpu:
-    """Of torch.cuda what a capture needs. Its graphs break off as CUDA's do: at their end, the stream still theirs."""
+    """Of torch.cuda what a capture needs. After so many that work, its graphs break off as CUDA's do: at their end, the
+    stream still theirs."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.tried, self.current = 0, self.own_stream()
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, works: int = 0) -> None:
+        self.tried, self.works, self.current = 0, works, self.own_stream()
         self.pools: list[weakref.ref[Any]] = []
         monkeypatch.setattr(CudaGraphs, "failed", False)
+        monkeypatch.setattr(CudaGraphs, "_pools", weakref.WeakSet())
+        monkeypatch.setattr(CudaGraphs, "_for_good", [])
         for name, value in {
             "Stream": lambda device: self.own_stream(),
             "stream": lambda stream: nullcontext(),
@@ -152,7 +155,7 @@ class HalfAGpu:
             "MemPool": self.pool,
             "use_mem_pool": lambda pool: nullcontext(),
             "set_stream": lambda stream: setattr(self, "current", stream),
-            "CUDAGraph": object,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
             "graph": self.graph,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
@@ -168,8 +171,12 @@ class HalfAGpu:
     @contextmanager
     def graph(self, graph: Any, pool: Any, stream: Any) -> Iterator[None]:
         self.tried, self.current = self.tried + 1, stream
-        yield
-        raise RuntimeError("operation failed due to a previous error during capture")
+        assert not gc.isenabled()
+        try:
+            yield
+        finally:
+            if self.tried > self.works:
+                raise RuntimeError("operation failed due to a previous error during capture")
 
 
 def test_after_a_capture_that_broke_off_no_other_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +188,35 @@ def test_after_a_capture_that_broke_off_no_other_is_tried(monkeypatch: pytest.Mo
     with pytest.warns(RuntimeWarning, match="without CUDA graphs: an earlier capture failed in this process"):
         assert Graphs()(torch.neg, torch.ones(2)).tolist() == [-1, -1]
     assert gpu.tried == 1
+
+
+def test_memory_of_graphs_is_given_back_but_not_after_a_capture_that_broke_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = HalfAGpu(monkeypatch, works=2)
+    first, second = Graphs(), Graphs()
+    for graphs in (first, second):
+        graphs(torch.neg, torch.ones(2))
+    del first, graphs
+    gc.collect()
+    assert [pool() is None for pool in gpu.pools] == [True, False]
+    with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
+        Graphs()(torch.neg, torch.ones(2))
+    del second
+    gc.collect()
+    assert [pool() is None for pool in gpu.pools] == [True, False, False] and gc.isenabled()
+
+
+def test_an_interrupt_during_a_capture_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    HalfAGpu(monkeypatch)
+    calls = []
+
+    def interrupted(x: Tensor) -> Tensor:
+        calls.append(x)
+        if len(calls) == 4:  # after those that warm up
+            raise KeyboardInterrupt
+        return x
+
+    with pytest.raises(KeyboardInterrupt):
+        Graphs()(interrupted, torch.ones(2))
 
 
 def test_memory_of_a_warm_up_that_failed_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
