@@ -15,6 +15,7 @@ STAGES = {
     "export": "write a run's set for other programs",
     "reproduce": "run the paper's tables: every method, beside the published figures",
     "compare": "two sets of runs against each other, with the interval of the difference",
+    "table": "a table of any finished runs, for ablations and papers",
     "continual": "learn classes group by group with a distilled memory",
     "search": "rank networks on a distilled set",
     "profile": "where the time and memory of an outer step go",

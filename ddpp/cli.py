@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
         known = self._option_string_actions
         if of_a_section := [option for s in SECTIONS if (option := name.replace("--", f"--{s}-", 1)) in known]:
             return f"; did you mean {' or '.join(map(repr, of_a_section))}?"
-        if any(name == f"--{_flag(s, f.name, s)}" for s in SECTIONS for f in fields(getattr(Config(), s))):
+        if any(name == f"--{flag(s, f.name, s)}" for s in SECTIONS for f in fields(getattr(Config(), s))):
             return ", which is an option of another stage."
         return nearest(name, known)
 
@@ -195,7 +195,7 @@ def _parser(stage: str, description: str, own: str, sections: tuple[str, ...], w
 def _add_option(group: Any, table: type, f: Any, section: str, own: str, begins: bool) -> None:
     """Of a stage that begins with the options' defaults, and not with those of a run or of presets."""
     scalar, _, many = configuration.value_type(table, f.name)
-    name = f"--{_flag(section, f.name, own)}"
+    name = f"--{flag(section, f.name, own)}"
     default = f.default if begins else "as the run or preset"
     text = f.metadata["help"] + (f" (default: {default})" if default not in (None, ()) else "")
     common: dict[str, Any] = {
@@ -213,7 +213,8 @@ def _add_option(group: Any, table: type, f: Any, section: str, own: str, begins:
         group.add_argument(name, type=scalar, metavar=metavar, **common)
 
 
-def _flag(section: str, name: str, own: str) -> str:
+def flag(section: str, name: str, own: str) -> str:
+    """An option's name on the command line of the stage whose section is ``own``, without its dashes."""
     bare = section in (own, "data", "model", "augment", "run")
     return (name if bare else f"{section}_{name}").replace("_", "-")
 
@@ -240,7 +241,7 @@ def _resolve(args: argparse.Namespace, base: Config | None, own: str, sections: 
             print(f"{args.config}: not for this stage, and ignored: [{'], ['.join(left)}]", file=sys.stderr)
     given = [(key.split("."), value) for key, value in vars(args).items() if "." in key]
     for (section, name), value in given:
-        config = config.with_values({section: {name: value}}, f"--{_flag(section, name, own)}")
+        config = config.with_values({section: {name: value}}, f"--{flag(section, name, own)}")
     # A run remembers where they are, not how they were called from the folder where it was begun.
     plugins = [str(Path(name).resolve()) if name.endswith(".py") else name for name in config.run.plugins]
     return config.with_values({"run": {"plugins": plugins}}, "--plugins")

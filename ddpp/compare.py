@@ -9,18 +9,16 @@ import argparse
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ddpp import cli, runs, scores, synthetic
+from ddpp import accuracies, cli, runs, scores
 from ddpp.config import Config
 from ddpp.errors import UserError
 from ddpp.scores import Difference
 
 _EQUAL = ("data", "model", "augment", "evaluate")  # sections that two runs must share to be compared
-_OF_OTHER_ROWS = ("full_epochs", "full_lr", "models", "augmentations")
-_MAY_DIFFER = (*runs.OF_THE_MACHINE, *(f"evaluate.{name}" for name in _OF_OTHER_ROWS))
+_MAY_DIFFER = (*runs.OF_THE_MACHINE, *accuracies.OF_OTHER_ROWS)
 HEAD = "| network | second - first, points | 95 % interval | pairs |"
 
 
@@ -48,7 +46,7 @@ def compare(first: Sequence[Path], second: Sequence[Path], *, evaluated: bool = 
     for option, folders in (("--first", first), ("--second", second)):
         if len({path.resolve() for path in folders}) < len(folders):
             raise UserError(f"{option} names a run twice, which would count as two; name each once")
-    pairs = [(_read(a, evaluated), _read(b, evaluated)) for a, b in zip(first, second, strict=True)]
+    pairs = [(accuracies.read(a, evaluated), accuracies.read(b, evaluated)) for a, b in zip(first, second, strict=True)]
     for (a, b), names in zip(pairs, zip(first, second, strict=True), strict=True):
         _check_alike(a, b, names)
     shared = [name for name in pairs[0][0]["models"] if all(name in run["models"] for pair in pairs for run in pair)]
@@ -64,17 +62,6 @@ def compare(first: Sequence[Path], second: Sequence[Path], *, evaluated: bool = 
         "of": "networks" if len(pairs) == 1 else "distillations",
         "score": {side: _score([pair[i] for pair in pairs]) for i, side in enumerate(("first", "second"))},
     }
-
-
-def _read(folder: Path, evaluated: bool) -> dict[str, Any]:
-    path = folder / ("evaluation.json" if evaluated else "results.json")
-    results = runs.read_json(path, "it was not evaluated" if evaluated else "it is no finished run")
-    if "config" not in results:
-        raise UserError(f"{path} is of an earlier version and does not say how; evaluate the run again")
-    _, meta = synthetic.load(folder / "synthetic.safetensors")
-    # A run of an earlier version lacks options; they are what they are by default.
-    config = Config().with_values(results["config"], str(path))
-    return {**results, "config": asdict(config), "fingerprint": meta["fingerprint"]}
 
 
 def _check_alike(a: dict[str, Any], b: dict[str, Any], names: tuple[Path, Path]) -> None:

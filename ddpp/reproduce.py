@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import functools
-import io
 import itertools
-import statistics
 import sys
 import time
 import tomllib
@@ -27,8 +24,9 @@ from matplotlib import colormaps
 from matplotlib import figure as pictures
 from matplotlib.image import imread
 
-from ddpp import cli, compare, data, distill, runs
+from ddpp import accuracies, cli, compare, data, distill, runs
 from ddpp import config as configuration
+from ddpp.accuracies import Row
 from ddpp.config import Config, DataConfig
 from ddpp.errors import UserError
 from ddpp.methods import METHODS
@@ -214,15 +212,11 @@ def write(target: Table, cells: Sequence[Cell], folder: Path, dataset: str, comm
     columns = target.architectures or tuple(f"ipc {n}" for n in dict.fromkeys(cell.ipc for cell in cells))
     rows = _rows(target, cells, dataset)
     _draw(rows, columns, target.title, folder / "table.png")
-    runs.write_text(folder / "table.csv", _csv(rows, columns))
-    runs.write_text(folder / "table.tex", _latex(rows, columns))
+    runs.write_text(folder / "table.csv", accuracies.csv_text(rows, columns))
+    runs.write_text(folder / "table.tex", accuracies.latex(rows, columns))
     text = _markdown(rows, columns, target, cells, command)
     runs.write_text(folder / "table.md", text)
     return text
-
-
-Figure = dict[str, Any] | None
-Row = tuple[str, list[Figure], list[str]]  # name, our figures, published ones
 
 
 def _rows(target: Table, cells: Sequence[Cell], dataset: str) -> list[Row]:
@@ -237,42 +231,27 @@ def _rows(target: Table, cells: Sequence[Cell], dataset: str) -> list[Row]:
             keys = [method, "random", *([f"{method}/searched", "random/searched"] if target.search_lr else [])]
             for key in keys:
                 figures = [
-                    _merged([models.get(name, {}).get(key) for models in found]) for name in target.architectures
+                    accuracies.merged([models.get(name, {}).get(key) for models in found])
+                    for name in target.architectures
                 ]
                 shown = [theirs.get(name, "") if key == method else "" for name in target.architectures]
-                rows.append((_with(method, key), figures, shown))
+                rows.append(Row(_with(method, key), figures, shown))
             continue
         theirs, ipcs = published.get(dataset, {}).get(method, {}), dict.fromkeys(cell.ipc for cell in own)
         tables = [[(cell.results or {}).get("accuracy", {}) for cell in own if cell.ipc == ipc] for ipc in ipcs]
         for key in (method, f"{method}/test"):
-            figures = [_merged([table.get(key) for table in of_seeds]) for of_seeds in tables]
+            figures = [accuracies.merged([table.get(key) for table in of_seeds]) for of_seeds in tables]
             if key == method:
-                rows.append((method, figures, [theirs.get(str(ipc), "") for ipc in ipcs]))
+                rows.append(Row(method, figures, [theirs.get(str(ipc), "") for ipc in ipcs]))
             elif any(figures):
-                rows.append((runs.condition_name(key), figures, [""] * len(ipcs)))
+                rows.append(Row(runs.condition_name(key), figures, [""] * len(ipcs)))
     if not target.architectures:
         first = next((cell for cell in cells if (cell.results or {}).get("accuracy", {}).get("full")), None)
         if first and first.results:
             count, seeds = len({cell.ipc for cell in cells}), {cell.seed for cell in cells}
             name = "all real data" if len(seeds) == 1 else f"all real data (networks of seed {first.seed})"
-            rows.append((name, [first.results["accuracy"]["full"]] * count, [""] * count))
+            rows.append(Row(name, [first.results["accuracy"]["full"]] * count, [""] * count))
     return rows
-
-
-def _merged(found: Sequence[Figure]) -> Figure:
-    """The figure of several distillations: mean and standard deviation of their means, and of how many."""
-    figures = [figure for figure in found if figure]
-    if len(figures) < 2:
-        return {**figures[0], "distillations": 1} if figures else None
-    means = [figure["mean"] for figure in figures]
-    diverged = sum(figure.get("diverged", 0) for figure in figures)
-    return {
-        "mean": statistics.fmean(means),
-        "std": statistics.stdev(means),
-        "networks": [accuracy for figure in figures for accuracy in figure["networks"]],
-        "distillations": len(figures),
-        **({"diverged": diverged} if diverged else {}),
-    }
 
 
 def _with(method: str, condition: str) -> str:
@@ -281,24 +260,22 @@ def _with(method: str, condition: str) -> str:
 
 
 def _markdown(rows: list[Row], columns: Sequence[str], target: Table, cells: Sequence[Cell], command: str) -> str:
-    papers = any(any(shown) for _, _, shown in rows)
-    head = [f"{c} | {c}, papers" if papers else c for c in columns]
-    lines = [f"# {target.title}", "", f"| trained on | {' | '.join(head)} |"]
-    lines.append("|---" * (1 + len(columns) * (1 + papers)) + "|")
-    seeds = len({cell.seed for cell in cells})
+    papers, seeds = any(any(row.published) for row in rows), len({cell.seed for cell in cells})
+    head, body = ["trained on", *columns], []
+    if papers:
+        head[1:] = [title for column in columns for title in (column, f"{column}, papers")]
     for name, figures, shown in rows:
-        texts = [_figure_text(figure, seeds) for figure in figures]
-        pairs = [f"{text} | {s}" if papers else text for text, s in zip(texts, shown, strict=True)]
-        lines.append(f"| {name} | {' | '.join(pairs)} |")
+        texts = [accuracies.figure_text(figure, seeds) for figure in figures]
+        body.append([name, *(itertools.chain(*zip(texts, shown, strict=True)) if papers else texts)])
     finished = [cell.results for cell in cells if cell.results]
     networks = finished[0]["protocol"]["networks"] if finished else 0
-    over = f"{networks} networks trained from scratch"
-    if seeds > 1:
-        over = f"{seeds} distillations, each the mean of {over}"
+    over = runs.spread_text(networks, seeds)
     minutes = sum(sum(found["seconds"].values()) for found in finished) / 60
     return "\n".join(
         [
-            *lines,
+            f"# {target.title}",
+            "",
+            *accuracies.markdown(head, body),
             "",
             f"Test accuracy in percent, mean ± standard deviation (ddof 1) over {over}, synthetic images of the last "
             "outer step unless a row says otherwise.",
@@ -309,12 +286,6 @@ def _markdown(rows: list[Row], columns: Sequence[str], target: Table, cells: Seq
             "",
         ]
     )
-
-
-def _figure_text(figure: Figure, seeds: int) -> str:
-    """Says so where a figure is of fewer distillations than the table."""
-    there = (figure or {}).get("distillations", seeds)
-    return runs.figure_text(figure) + (f" ({there} of {seeds} distillations)" if there < seeds else "")
 
 
 def _against_mtt(cells: Sequence[Cell]) -> list[str]:
@@ -328,28 +299,6 @@ def _against_mtt(cells: Sequence[Cell]) -> list[str]:
             lines += compare.rows(compare.compare(*sides), f"{ipc} | ") if seeds else []
     head = ["ddpp - mtt, paired by the seed:", "", f"| images per class {compare.HEAD}", "|---" * 5 + "|"]
     return [*head, *lines, ""] if lines else []
-
-
-def _csv(rows: list[Row], columns: Sequence[str]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trained on", "column", "mean", "std", "networks", "distillations", "published"])
-    for name, figures, shown in rows:
-        for column, figure, paper in zip(columns, figures, shown, strict=True):
-            ours: tuple[Any, ...] = ("", "", "", "")
-            if figure:
-                ours = figure["mean"], figure["std"], len(figure["networks"]), figure.get("distillations", 1)
-            writer.writerow([name, column, *ours, paper])
-    return text.getvalue()
-
-
-def _latex(rows: list[Row], columns: Sequence[str]) -> str:
-    lines = [rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\hline"]
-    lines += [" & ".join(["", *columns]).replace("_", r"\_") + r" \\", r"\hline"]
-    for name, figures, _ in rows:
-        cells = [f"${f['mean']:.1f} \\pm {f['std']:.1f}$" if f else "--" for f in figures]
-        lines.append(" & ".join([name.replace("_", r"\_"), *cells]) + r" \\")
-    return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
 
 
 def _draw(rows: list[Row], columns: Sequence[str], title: str, path: Path) -> None:

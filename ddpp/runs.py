@@ -443,16 +443,26 @@ def accuracy_table(results: dict[str, Any]) -> str:
     for condition in results["accuracy"]:
         cells = [figure_text(table[condition]) for table in tables.values()]
         rows.append(f"| {condition_name(condition)} | {' | '.join(cells)} |")
-    chosen = {
+    return "\n".join([*rows, *_robustness_lines(results)]) + (
+        f"\n\nTest accuracy in percent, mean ± standard deviation (ddof {protocol['ddof']}) over "
+        f"{spread_text(protocol['networks'])}; synthetic images of {selection_text(protocol['select'])}."
+    )
+
+
+def spread_text(networks: int, distillations: int = 1) -> str:
+    """What a mean and its standard deviation are over, in words."""
+    over = f"{networks} networks trained from scratch"
+    return f"{distillations} distillations, each the mean of {over}" if distillations > 1 else over
+
+
+def selection_text(select: str) -> str:
+    """Which snapshot ``--select`` reports, in words."""
+    return {
         "final": "the last outer step",
         "val": "the snapshot best on held-out training images",
         "test": "the snapshot best on the test images themselves, as papers often do: too high",
         "all": "the last outer step where nothing else is said",
-    }[protocol["select"]]
-    return "\n".join([*rows, *_robustness_lines(results)]) + (
-        f"\n\nTest accuracy in percent, mean ± standard deviation (ddof {protocol['ddof']}) over "
-        f"{protocol['networks']} networks trained from scratch; synthetic images of {chosen}."
-    )
+    }[select]
 
 
 def _robustness_lines(results: dict[str, Any]) -> list[str]:

@@ -31,12 +31,14 @@ LEVELS: dict[str, float] = {
     "parameterization": 3,
     "scores": 3,
     "synthetic": 3.5,  # may ask teachers
+    "accuracies": 3.7,  # reads synthetic sets
     "methods": 4,
     "teachers": 5,
     "evaluate": 5,
     "report": 5,
     "export": 5,
     "compare": 5,
+    "table": 5,
     "continual": 5,
     "search": 5,
     "profile": 5,
