@@ -64,7 +64,8 @@ def search(
     """Trains every candidate on the distilled set, on random real images of its storage and on all real images.
 
     Returns:
-        ``networks``: for each its options and for each of :data:`PROXIES` ``accuracy`` in percent and ``seconds``;
+        ``networks``: for each its options and for each of :data:`PROXIES` ``accuracy`` in percent and ``seconds`` of its
+        training, beside others where there are several threads;
         ``rank_correlation``: Spearman's, of the distilled set's and of random images' accuracies with those of all real
         images; ``best``: the accuracy on all real images of the candidate that each proxy ranks first.
     """
