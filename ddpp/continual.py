@@ -68,10 +68,12 @@ def continual(
     with networks.images_bar("continual", orders * sum(ends) * of_a_class * recipe.epochs) as bar:
         ledger = runs.Ledger(folder / _PARTS, networks.about(config, dataset))
         trainings = Trainings(Backend.of(config.run, device), bar, ledger)
-        jobs = [
-            _job(config, dataset, memories[name][n], order[n][:end], recipe, groups, trainings, n)
-            for name, end, n in cases
-        ]
+        jobs = []
+        for name, end, n in cases:
+            memory, seen = memories[name][n], order[n][:end]
+            part = networks.part_of(recipe, n, seen.tolist(), *networks.digest(memory.images, memory.labels))
+            train = partial(_network, config, dataset, memory, seen, recipe, groups, trainings, n)
+            jobs.append(Job(part, recipe.epochs * len(memory.images) // classes * end, train))
         found = dict(zip(cases, trainings.run(jobs), strict=True))
     accuracy = {name: [_summary([found[name, end, n] for n in range(orders)]) for end in ends] for name in memories}
     return {"classes": ends, "orders": orders, "accuracy": accuracy}
@@ -93,21 +95,6 @@ def _recipe(config: Config, step_size: float) -> Recipe:
     settings = config.evaluate
     lr = settings.lr if settings.lr is not None else step_size
     return Recipe(settings.epochs, lr, settings.momentum, settings.weight_decay, settings.batch, decay=True)
-
-
-def _job(
-    config: Config,
-    dataset: Dataset,
-    memory: Synthetic,
-    seen: Tensor,
-    recipe: Recipe,
-    groups: tuple[str, ...],
-    trainings: Trainings,
-    number: int,
-) -> Job:
-    part = networks.part_of(recipe, number, seen.tolist(), *networks.digest(memory.images, memory.labels))
-    images = recipe.epochs * len(memory.images) // len(dataset.classes) * len(seen)
-    return Job(part, images, partial(_network, config, dataset, memory, seen, recipe, groups, trainings, number))
 
 
 def _network(

@@ -64,8 +64,8 @@ def search(
     """Trains every candidate on the distilled set, on random real images of its storage and on all real images.
 
     Returns:
-        ``networks``: for each its options and for each of :data:`PROXIES` ``accuracy`` in percent and ``seconds`` of its
-        training, beside others where there are several threads;
+        ``networks``: for each its options and for each of :data:`PROXIES` ``accuracy`` in percent and ``seconds`` of
+        its training, beside others where there are several threads;
         ``rank_correlation``: Spearman's, of the distilled set's and of random images' accuracies with those of all real
         images; ``best``: the accuracy on all real images of the candidate that each proxy ranks first.
     """
@@ -84,7 +84,11 @@ def search(
     with networks.images_bar("search", len(candidates) * of_each) as bar:
         ledger = runs.Ledger(folder / "search.jsonl", networks.about(config, dataset))
         trainings = Trainings(Backend.of(config.run, device), bar, ledger)
-        jobs = [_job(config, dataset, model, *on, trainings) for model in candidates for on in sets.values()]
+        jobs = []
+        for model, (images, labels, recipe) in itertools.product(candidates, sets.values()):
+            part = networks.part_of(recipe, _options(model), *networks.digest(images, labels))
+            train = partial(_trained, config, dataset, model, images, labels, recipe, trainings)
+            jobs.append(Job(part, recipe.epochs * len(labels), train))
         found = iter(trainings.run(jobs))
     done = [{"model": _options(model), **{proxy: next(found) for proxy in sets}} for model in candidates]
     result = {"protocol": _protocol(settings), "networks": done, **_summary(done)}
@@ -104,21 +108,6 @@ def _ranks(values: Any) -> Any:
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(count)
     return (last - (count - 1) / 2)[place]
-
-
-def _job(
-    config: Config,
-    dataset: Dataset,
-    model: ModelConfig,
-    images: Tensor | Images,
-    labels: Tensor,
-    recipe: Recipe,
-    trainings: Trainings,
-) -> Job:
-    train = partial(_trained, config, dataset, model, images, labels, recipe, trainings)
-    return Job(
-        networks.part_of(recipe, _options(model), *networks.digest(images, labels)), recipe.epochs * len(images), train
-    )
 
 
 def _trained(
