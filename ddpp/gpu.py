@@ -117,11 +117,11 @@ class _Slot:
     def __init__(self, given: Tensor) -> None:
         self.own, self.given, self.version = given.detach().clone(), given, given._version
 
-    def take(self, given: Tensor) -> None:
-        # What stays from step to step, such as the images, is copied once.
-        if given is not self.given or given._version != self.version:
-            self.own.copy_(given.detach())
-            self.given, self.version = given, given._version
+    def takes(self, given: Tensor) -> bool:
+        """Whether it must be copied here: what stays from step to step, such as the images, is so once."""
+        changed = given is not self.given or given._version != self.version
+        self.given, self.version = given, given._version
+        return changed
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,10 @@ class _Recording:
             return cls(slots, *capture(lambda: function(*own)))
 
     def __call__(self, arguments: tuple[Any, ...]) -> Results:
-        for i, slot in self.slots.items():
-            slot.take(arguments[i])
+        changed = [(slot.own, arguments[i].detach()) for i, slot in self.slots.items() if slot.takes(arguments[i])]
+        for dtype in {own.dtype for own, _ in changed}:  # one kernel for all of a type
+            own, given = zip(*(pair for pair in changed if pair[0].dtype == dtype), strict=True)
+            torch._foreach_copy_(own, given)
         self.replay()
         # New tensors on the same memory: given back as an argument, the slot must see that they have changed.
         if isinstance(self.results, Tensor):
