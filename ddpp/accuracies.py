@@ -42,8 +42,8 @@ def read(folder: Path, evaluated: bool = False) -> dict[str, Any]:
     Raises:
         UserError: there is no such run, it is not finished or not evaluated, or of a version that kept no options.
     """
-    if not folder.is_dir():
-        raise UserError(f"there is no run folder {folder}; check its name")
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder} is no run folder of ddpp.distill; check its name")
     path = folder / ("evaluation.json" if evaluated else "results.json")
     unfinished = f"it is no finished run; continue it with ddpp.distill --out {folder} --resume"
     unevaluated = f"it was not evaluated; do so with ddpp.evaluate {folder}, or leave out --evaluated"
@@ -110,12 +110,17 @@ def latex(rows: Sequence[Row], columns: Sequence[str]) -> str:
     lines = [rf"\begin{{tabular}}{{l{'c' * len(columns)}}}", r"\hline"]
     lines += [" & ".join(["", *(column.translate(_LATEX) for column in columns)]) + r" \\", r"\hline"]
     for row in rows:
-        lines.append(" & ".join([row.name.translate(_LATEX), *map(_latex_figure, row.figures)]) + r" \\")
+        of = max(((figure or {}).get("distillations", 1) for figure in row.figures), default=1)
+        lines.append(" & ".join([row.name.translate(_LATEX), *(_latex_figure(f, of) for f in row.figures)]) + r" \\")
     return "\n".join([*lines, r"\hline", r"\end{tabular}", ""])
 
 
-def _latex_figure(figure: Figure) -> str:
+def _latex_figure(figure: Figure, distillations: int) -> str:
+    """With what Markdown says of networks that diverged, and of fewer distillations than the row's."""
     if not figure:
         return "--"
     spread = rf" \pm {figure['std']:.1f}" if len(figure["networks"]) > 1 else ""
-    return f"${figure['mean']:.1f}{spread}$"
+    notes = f" ({figure['diverged']} diverged)" if "diverged" in figure else ""
+    if (there := figure.get("distillations", 1)) < distillations:
+        notes += f" ({there} of {distillations})"
+    return f"${figure['mean']:.1f}{spread}${notes}"

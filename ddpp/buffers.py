@@ -8,6 +8,7 @@ parameters one after another are its flat vector.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,17 +26,18 @@ _CLEAR = 0.1  # share of the way from chance to 100 % that even poor teachers ha
 
 
 class Source(NamedTuple):
-    """Where a trajectory is."""
+    """Where a trajectory is, and what tells it from others there."""
 
     path: Path
     place: int  # in the file, from 0
+    digest: int  # of the parameters at its end
 
     def __str__(self) -> str:
         return f"trajectory {self.place} of {self.path}"
 
     def meta(self) -> dict[str, Any]:
         """What a teacher's file says of it."""
-        return {"file": self.path.name, "trajectory": self.place}
+        return {"file": self.path.name, "trajectory": self.place, "digest": self.digest}
 
 
 def check(model: ModelConfig) -> None:
@@ -65,14 +67,19 @@ def find(files: Sequence[Path], layout: Layout, *, count: int, epochs: int) -> l
         epochs: that each must have.
 
     Raises:
-        UserError: a file cannot be read, is no buffer or of another network, or they are not so many or so long.
+        UserError: a file cannot be read, is no buffer, of another network or of a teacher that diverged, is named
+            twice, or they are not so many or so long.
     """
+    if len({path.resolve() for path in files}) < len(files):
+        raise UserError("--from-buffers names a file twice, whose teachers would count as others; name each once")
     found: dict[Source, int] = {}
     for path in files:
         for place, trajectory in enumerate(_load(path)):
-            source = Source(path, place)
+            end = _flat(trajectory[-1])
+            source = Source(path, place, zlib.crc32(end.numpy().data))
             for snapshot in trajectory:
                 _check_shapes(source, snapshot, layout)
+            _check_trained(source, _flat(trajectory[0]), end)
             found[source] = len(trajectory) - 1
     (first, held), *others = found.items()
     for source, other in others:
@@ -91,18 +98,23 @@ def read(source: Source) -> list[Tensor]:
     """A trajectory's snapshots, float32. E + 1 of [P]
 
     Raises:
-        UserError: the file cannot be read any more, or its parameters are not finite or never changed.
+        UserError: the file cannot be read any more.
     """
-    trajectory = _load(source.path)[source.place]
-    rows = [torch.cat([p.detach().flatten() for p in snapshot]).float() for snapshot in trajectory]
-    if not all(torch.isfinite(row).all() for row in rows):
+    return [_flat(snapshot) for snapshot in _load(source.path)[source.place]]
+
+
+def _flat(snapshot: list[Tensor]) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in snapshot]).float()
+
+
+def _check_trained(source: Source, start: Tensor, end: Tensor) -> None:
+    if not torch.isfinite(end).all():  # and what once was not stays so
         raise UserError(f"{source} holds parameters that are not finite: that teacher diverged. Leave the file out.")
-    if torch.equal(rows[0], rows[-1]):
+    if torch.equal(start, end):
         raise UserError(
             f"{source} holds the same parameters before and after training, as MTT's code writes them of a training on "
             "a CPU. Leave the file out."
         )
-    return rows
 
 
 def check_same(path: Path, meta: dict[str, Any], source: Source) -> None:
@@ -142,7 +154,12 @@ def _is_trajectory(found: Any) -> bool:
 
 
 def _is_snapshot(found: Any) -> bool:
-    return isinstance(found, list) and all(isinstance(p, Tensor) for p in found)
+    return isinstance(found, list) and bool(found) and all(map(_is_parameter, found))
+
+
+def _is_parameter(found: Any) -> bool:
+    usual = isinstance(found, Tensor) and found.layout is torch.strided and found.device.type == "cpu"
+    return usual and found.is_floating_point()
 
 
 def _check_shapes(source: Source, snapshot: list[Tensor], layout: Layout) -> None:

@@ -174,6 +174,7 @@ def distill(
     else:
         state = State.begin(first, space)
         _save_snapshot(state, folder)
+    _remove_snapshots(folder, state.step, settings.snapshot_every)
     log = runs.Log(folder / "log.jsonl", state.step)
     began = time.perf_counter() - state.seconds
     progress = tqdm(total=settings.steps, initial=state.step, desc=f"distil ({settings.method})", unit="step")
@@ -255,6 +256,14 @@ def _diverged(state: State, folder: Path) -> str:
 
 def _save_snapshot(state: State, folder: Path) -> None:
     state.result.save(folder / "snapshots" / f"step-{state.step:06d}.safetensors", {"step": state.step})
+
+
+def _remove_snapshots(folder: Path, after: int, every: int) -> None:
+    """Removes snapshots that a run which ends elsewhere has left: those after a step, and the last one's."""
+    for path in (folder / "snapshots").glob("step-*.safetensors"):
+        step = int(path.stem.removeprefix("step-"))
+        if step > after or step % every:
+            path.unlink()
 
 
 def _save_result(state: State, config: Config, dataset: Dataset, groups: tuple[str, ...], folder: Path) -> None:
@@ -386,11 +395,12 @@ def _run_in(
         _save_result(e.state, config, dataset, problem.groups, folder)
         raise
     _save_result(state, config, dataset, problem.groups, folder)
-    results = _evaluated(folder, problem, method, state, teachers_seconds)
-    results["advice"] = _advice(runs.read_log(folder / "log.jsonl"), settings) if isinstance(method, DDPP) else []
-    report.write(folder, results)
-    runs.write_json(folder / "results.json", results)  # the last file: with it a run is finished
-    evaluate.forget_parts(folder)
+    with runs.alone(folder, "evaluate"):
+        results = _evaluated(folder, problem, method, state, teachers_seconds)
+        results["advice"] = _advice(runs.read_log(folder / "log.jsonl"), settings) if isinstance(method, DDPP) else []
+        report.write(folder, results)
+        runs.write_json(folder / "results.json", results)  # the last file: with it a run is finished
+        evaluate.forget_parts(folder)
     print(runs.accuracy_table(results))
     if state.undone or state.skipped:
         print(f"\n{report.steps_text(results['steps'])}")

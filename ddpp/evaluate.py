@@ -273,7 +273,9 @@ def _options(text: str) -> dict[str, Any]:
             raise UserError(f"options {_AS_IN}: unknown option {key!r}{nearest(key, known)} Known: {names}")
         if key in found:
             raise UserError(f"options {_AS_IN}: {key} is given twice, name it once")
-        found[key] = int(value) if value_type(ModelConfig, key)[0] is int and value.isdecimal() else value
+        found[key] = (
+            int(value) if value_type(ModelConfig, key)[0] is int and value.removeprefix("-").isdecimal() else value
+        )
     return found
 
 
@@ -281,6 +283,8 @@ def compare(
     config: Config, dataset: Dataset, folder: Path, groups: tuple[str, ...], device: torch.device
 ) -> dict[str, Any]:
     """Accuracy of a run's synthetic set, of random real images and of all real data, for each architecture.
+
+    The run is this process's alone meanwhile, and until :func:`forget_parts` (:func:`ddpp.runs.alone`).
 
     Returns:
         ``accuracy`` of the first architecture and ``models`` of all: for each of ``random``, the method's name and
@@ -294,14 +298,14 @@ def compare(
         ``networks``, and ``val``, their mean on held-out images if there are any.
 
     Raises:
-        UserError: what :func:`check` refuses, a missing snapshot, or another process evaluates this run.
+        UserError: what :func:`check` refuses, or a missing snapshot.
     """
     check(config, dataset)
     settings = config.evaluate
     candidates = _candidates(folder, settings.select)
     names = settings.models or (config.model.model,)
     images = len(names) * _images_trained_on(config, dataset, candidates)
-    with runs.alone(folder, "evaluate"), networks.images_bar("evaluate", images) as progress:
+    with networks.images_bar("evaluate", images) as progress:
         ledger = runs.Ledger(folder / _PARTS, networks.about(config, dataset))
         trainings = Trainings(Backend.of(config.run, device), progress, ledger)
         evaluation = Evaluation(config, dataset, groups, trainings)
@@ -435,9 +439,11 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     _, meta = synthetic.load(folder / "synthetic.safetensors")
     runs.check_same_data(folder, meta, dataset.fingerprint)
-    results = compare(config, dataset, folder, augment.groups_for(config.augment.strategy, dataset.strategy), device)
-    runs.write_json(folder / "evaluation.json", {**results, "config": asdict(config)})
-    forget_parts(folder)
+    groups = augment.groups_for(config.augment.strategy, dataset.strategy)
+    with runs.alone(folder, "evaluate"):
+        results = compare(config, dataset, folder, groups, device)
+        runs.write_json(folder / "evaluation.json", {**results, "config": asdict(config)})
+        forget_parts(folder)
     print(runs.accuracy_table(results))
     print(f"\nwritten: {folder}/evaluation.json")
     if "snapshots" in results:

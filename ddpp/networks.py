@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpp import registry, runs
+from ddpp import __version__, registry, runs
 from ddpp.config import Config, EvaluateConfig
 from ddpp.data import Dataset, Images
 from ddpp.training import Backend, Recipe
@@ -109,7 +109,8 @@ def about(config: Config, dataset: Dataset) -> dict[str, Any]:
     """What the networks of a stage depend on beside what :func:`part_of` names; for its ledger."""
     # Not what is asked for in all: each network's part names what it takes of that.
     same = replace(config, data=replace(config.data, data_root="", download=False), evaluate=EvaluateConfig())
-    found = {"config": asdict(same), "data": dataset.fingerprint, "threads": torch.get_num_threads()}
+    versions = {"ddpp": __version__, "torch": torch.__version__}
+    found = {"config": asdict(same), "data": dataset.fingerprint, "threads": torch.get_num_threads(), **versions}
     return found | ({"plugins": of_plugins} if (of_plugins := registry.plugins()) else {})
 
 

@@ -208,8 +208,8 @@ def read_pickle(path: Path, advice: str, known: Collection[Any] = (), *, mapped:
         reason = "it holds more than tensors and numbers, or is of another kind"
         raise UserError(f"cannot read {path}: {reason}. {advice}") from e
     except Exception as e:  # a damaged file may end in any
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise UserError(f"cannot read {path}: {reason}. {advice}") from e
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise UserError(f"cannot read {path} ({reason}). {advice}") from e
 
 
 def read_json(path: Path, absent: str = "restore it from a copy") -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ddpp.config import Config
 from ddpp.errors import UserError
 
 # What two runs of one row may differ in, beside options of other rows: seed, machine, and where teachers are kept.
-_OF_NO_ROW = {"run.seed", "teachers.folder", *runs.OF_THE_MACHINE}
+_OF_NO_ROW = {"run.seed", "teachers.folder", *runs.OF_THE_MACHINE} - {"run.plugins"}  # whose code may differ
 _ROOT = "data.data_root"
 # Told in any case, and told elsewhere: by names, columns and the protocol.
 _ALWAYS = {"data.dataset", "distill.ipc", "model.model", "evaluate.epochs", "evaluate.full_epochs"}
@@ -84,18 +84,21 @@ class _Line:
 
     @property
     def distillations(self) -> int:
-        return len({self._seed(run) for run in self.runs})
+        return len({self._counted(run) for run in self.runs})
 
     def figure(self, model: str) -> accuracies.Figure:
-        found: dict[int, accuracies.Figure] = {}
+        found: dict[Any, accuracies.Figure] = {}
         for run in self.runs:
             if figure := run.figure(model, self.condition):
-                found.setdefault(self._seed(run), figure)
+                found.setdefault(self._counted(run), figure)
         return accuracies.merged(list(found.values()))
 
-    def _seed(self, run: _Run) -> int:
-        """Networks on real images that have the evaluation's seed in common are the same."""
-        return int(run.results["config"]["run"]["seed"] if self.real else run.results["seed"])
+    def _counted(self, run: _Run) -> Any:
+        """Runs count once for each; networks on real images of the same evaluation's seed and rate are the same."""
+        evaluated = run.results["config"]["run"]["seed"]
+        if self.condition == "full":
+            return evaluated
+        return (evaluated, frozenset(run.rates(self.condition))) if self.real else run.results["seed"]
 
 
 def make(folders: Sequence[Path], *, evaluated: bool = False) -> Table:

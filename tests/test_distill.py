@@ -568,9 +568,13 @@ def test_a_run_may_end_early_and_be_extended(long: Path, teachers: Path, tmp_pat
     assert distill.main(["--out", str(few), "--resume", "--steps", "4"]) == 0
     assert (few / "results.json").exists()
     assert json.loads((few / "results.json").read_text())["steps"]["taken"] == 4
-    assert sorted(path.name for path in (few / "snapshots").iterdir())[-1] == "step-000004.safetensors"
+    assert sorted(path.name for path in (few / "snapshots").iterdir()) == [f"step-00000{i}.safetensors" for i in (0, 4)]
+    later = cut / "snapshots" / "step-000900.safetensors"  # of a run that was killed after its last checkpoint
+    shutil.copy(cut / "snapshots" / "step-000003.safetensors", later)
     assert distill.main(["--out", str(cut), "--resume", "--steps", str(steps)]) == 0
-    for name in ("synthetic.safetensors", "log.jsonl"):
+    snapshots = sorted(path.relative_to(long) for path in (long / "snapshots").iterdir())
+    assert sorted(path.relative_to(cut) for path in (cut / "snapshots").iterdir()) == snapshots
+    for name in ("synthetic.safetensors", "log.jsonl", *snapshots):
         assert (cut / name).read_bytes() == (long / name).read_bytes(), name
 
 

@@ -45,6 +45,7 @@ def run(
     held.save(folder / "synthetic.safetensors", meta)
     results = {"accuracy": found, "models": dict.fromkeys(models, found), "protocol": protocol}
     runs.write_json(folder / "results.json", {**results, "config": asdict(settings)})
+    runs.write_text(folder / "config.toml", settings.to_toml())
     return folder
 
 
@@ -113,8 +114,9 @@ def test_a_row_says_where_it_has_fewer_distillations(tmp_path: Path, capsys: pyt
         run(tmp_path / "b", [50.0, 54.0], seed=1, distill_epsilon=0.1, models=("convnet", "mlp")),
         run(tmp_path / "c", [60.0, 64.0], seed=0, distill_epsilon=0.3),
     ]
-    rows, text = shown(capsys, *folders)
+    rows, text = shown(capsys, *folders, "--out", tmp_path / "out")
     assert rows["trained on"] == ["convnet", "mlp"]
+    assert r"$52.0 \pm 0.0$ & $52.0 \pm 2.8$ (1 of 2) \\" in (tmp_path / "out" / "table.tex").read_text()
     assert rows["ddpp, epsilon 0.1"] == ["52.0 ± 0.0", "52.0 ± 2.8 (1 of 2 distillations)"]
     assert rows["ddpp, epsilon 0.3"] == ["62.0 ± 2.8", "not run"]
     assert "over 2 distillations, each the mean of 2 networks trained from scratch (in " in text
@@ -178,6 +180,27 @@ def test_random_images_are_shared_at_one_rate(tmp_path: Path, capsys: pytest.Cap
     assert list(rows)[2:] == ["dm", "dc", "ddpp", "random real images beside ddpp", "all real data"]
 
 
+def test_random_images_of_one_evaluations_seed_count_once_only_at_one_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the order of the runs."""
+    folders = []
+    for seed, (random, rate) in enumerate((([20.0, 22.0], 0.02), ([30.0, 32.0], 0.03), ([20.0, 22.0], 0.02))):
+        folder = run(tmp_path / str(seed), [50.0, 54.0], seed=seed, random=random, rate=rate)
+        results = json.loads((folder / "results.json").read_text())
+        results["config"]["run"]["seed"] = 7  # of the evaluation
+        runs.write_json(folder / "evaluation.json", results)
+        folders.append(folder)
+    for order in (folders, folders[::-1]):
+        rows, _ = shown(capsys, *order, "--evaluated")
+        assert rows["random real images"] == ["26.0 ± 7.1"] and rows["ddpp"] == ["52.0 ± 0.0"]  # of 21 and 31
+
+
+def test_methods_of_other_plugins_are_other_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [run(tmp_path / name, [50.0, 54.0], seed=i, run_plugins=(name,)) for i, name in enumerate("ab")]
+    assert {"ddpp, plugins a", "ddpp, plugins b"} <= set(shown(capsys, *folders)[0])
+
+
 def test_all_real_data_that_only_some_runs_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As in a folder of ddpp.reproduce, whose other runs share it; no two rows of it look alike."""
     folders = [
@@ -220,7 +243,7 @@ def test_runs_that_would_count_twice_are_refused(tmp_path: Path, capsys: pytest.
 
 def test_what_is_no_finished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path / "a", [50.0, 54.0])
-    assert f"there is no run folder {tmp_path}/b; check its name" in refused(capsys, folder, tmp_path / "b")
+    assert f"{tmp_path}/b is no run folder of ddpp.distill; check its name" in refused(capsys, folder, tmp_path / "b")
     message = refused(capsys, folder, "--evaluated")
     assert f"{folder} holds no evaluation.json: it was not evaluated; do so with ddpp.evaluate {folder}" in message
     old = json.loads((folder / "results.json").read_text())
