@@ -95,6 +95,9 @@ def run(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
         print(f"ddpp.{stage}: stopped: nobody reads what it prints", file=sys.stderr)
         return 128 + 13  # SIGPIPE
+    except OSError as e:  # as of names longer than the file system takes
+        print(f"ddpp.{stage}: error: {e.strerror or e}: {e.filename}", file=sys.stderr)
+        return 2
     except UserError as e:
         print(f"ddpp.{stage}: error: {e}", file=sys.stderr)
         return IN_USE if isinstance(e, runs.InUse) else 2

@@ -17,6 +17,8 @@ from typing import Any, get_args, get_type_hints
 
 from ddpp.errors import UserError, nearest
 
+_LARGEST = 2**63 - 1  # that a tensor holds
+
 
 def option(
     default: Any, text: str, *, choices: tuple[Any, ...] = (), low: float | None = None, high: float | None = None
@@ -390,6 +392,8 @@ def _checked(section: type, entry: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where} must be a finite number, got {value!r}")
         if (low is not None and value < low) or (high is not None and value > high):
             raise UserError(f"{where} must be {_range(low, high)}, got {value!r}")
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise UserError(f"{where} must be at most {_LARGEST}, got {value!r}")
     return value
 
 

@@ -244,6 +244,8 @@ def check(config: Config, dataset: Dataset) -> None:
             raise UserError(f"--models {name}: {e}") from e
     for name in config.evaluate.augmentations:
         policies.check_policy(name, *_WITHOUT_POLICY)
+        if name not in _WITHOUT_POLICY and dataset.shape[0] not in (1, 3):
+            raise UserError(f"augmentation {name} is for images of 1 or 3 channels, and these have {dataset.shape[0]}")
     if config.evaluate.select == "val" and not len(dataset.val_labels):
         raise UserError("--select val needs a held-out part: distil with --validation above 0")
 

@@ -236,7 +236,7 @@ class Log:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if path.exists() and first_step > 0:
-            self.rows = [row for row in read_log(path) if row["step"] < first_step]
+            self.rows = [row for row in read_log(path) if row.get("step", first_step) < first_step]
         self._written = 0
 
     def add(self, row: dict[str, Any]) -> None:
@@ -260,12 +260,12 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log; a line cut short by a crash is left out."""
+    """The complete lines of a log; a line cut short by a crash, or damaged, is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
 
 
 class Ledger:
@@ -279,7 +279,7 @@ class Ledger:
         head = {"about": json.loads(json.dumps(about))}
         rows = read_log(path) if path.is_file() else []
         if rows and rows[0] == head:
-            self._found = {row["part"]: row["found"] for row in rows[1:]}
+            self._found = {row["part"]: row["found"] for row in rows[1:] if row.keys() >= {"part", "found"}}
         lines = [head, *({"part": part, "found": found} for part, found in self._found.items())]
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))  # without a line that was cut short
 

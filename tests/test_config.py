@@ -77,6 +77,7 @@ def test_tf32_is_off_unless_asked_for(argv: list[str], on: bool, capsys: pytest.
         (["--lr-pixels", "nan"], "must be a finite number, got nan"),
         (["--lr-pixels", "inf"], "must be a finite number, got inf"),
         (["--seed", str(2**63)], f"--seed must be between 0 and {2**63 - 1}, got {2**63}"),
+        (["--batch", str(2**63)], f"--batch must be at most {2**63 - 1}, got {2**63}"),
         (["--init", "noisy"], "must be one of real, correct, noise, got 'noisy'; did you mean 'noise'?"),
         (["--winograd", "3"], "--winograd must be one of 0, 2, 4, got 3"),
         (["--preset", "mtt-cifar10-ip10"], "unknown preset 'mtt-cifar10-ip10'; did you mean 'mtt-cifar10-ipc10'?"),

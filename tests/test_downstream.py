@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from scipy import stats
 
 from ddpp import cli, compare, continual, data, distill, evaluate, runs, scores, search, synthetic
+from ddpp.config import Config
 from ddpp.errors import UserError
 
 TOY = [
@@ -302,6 +304,18 @@ def test_a_search_ranks_and_goes_on_where_it_was_cut(
     assert "depth" in capsys.readouterr().err
     assert search.main([str(finished), "--widths", "0"]) == 2
     assert "a network of the grid: model.width must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_name_that_the_file_system_does_not_take_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["a" * 300]) == 2
+    assert capsys.readouterr().err.startswith("ddpp.evaluate: error: File name too long: aaa")
+
+
+def test_policies_are_for_grey_or_colour() -> None:
+    of_two = SimpleNamespace(shape=(2, 8, 8), classes=("a", "b"), val_labels=torch.zeros(0))
+    config = Config().with_values({"evaluate": {"augmentations": ["none", "randaugment"]}}, "test")
+    with pytest.raises(UserError, match="randaugment is for images of 1 or 3 channels, and these have 2"):
+        evaluate.check(config, of_two)
 
 
 def test_an_option_of_another_stage_is_called_so(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

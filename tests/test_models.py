@@ -117,6 +117,7 @@ def test_a_seed_gives_the_network_and_leaves_the_global_state() -> None:
         ((3, 32, 32), {"norm": "group", "width": 6}, "width must be divisible by 4"),
         ((3, 32, 24), {}, "must be square, got 32x24"),
         ((3, 32, 32), {"model": "convnett"}, "did you mean 'convnet'"),
+        ((3, 3, 3), {"model": "lenet"}, "lenet halves the image twice and needs 4 pixels a side or more, got 3"),
         ((3, 32, 32), {"norm": "instnce"}, "did you mean 'instance'"),
     ],
 )

@@ -309,6 +309,19 @@ def test_draws_depend_on_seed_and_place_alone() -> None:
     assert not torch.equal(first, torch.rand(3, generator=seeds.generator(2, "a", 2)))
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x80\n", b"[1, 2]\n", b"5\n", b'{"other": 1}\n'])
+def test_damaged_lines_of_a_log_or_ledger_are_left_out(damage: bytes, tmp_path: Path) -> None:
+    log, ledger = tmp_path / "log.jsonl", tmp_path / "ledger.jsonl"
+    log.write_bytes(b'{"step": 0}\n' + damage + b'{"step": 1}\n')
+    assert [row["step"] for row in runs.Log(log, 2).rows] == [0, 1]
+    runs.Ledger(ledger, {}).add("first", 1)
+    with open(ledger, "ab") as file:
+        file.write(damage)
+    assert runs.Ledger(ledger, {}).get("first") == 1
+    ledger.write_bytes(damage)
+    assert runs.Ledger(ledger, {}).get("first") is None
+
+
 def test_a_ledger_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger = runs.Ledger(path, {"seed": 1, "groups": ("a", "b")})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ddpp.config import ModelConfig
+from ddpp.errors import UserError
 from ddpp.models.base import MODELS, Network, Shape, border
 
 _PADDED_BELOW = 12  # pixels: the convolutions would leave too few of them
@@ -19,6 +20,8 @@ def lenet(config: ModelConfig, shape: Shape, classes: int) -> Network:
     """
     width, size, _ = shape
     layers: list[nn.Module] = []
+    if size < 4:
+        raise UserError(f"lenet halves the image twice and needs 4 pixels a side or more, got {size}")
     for wider in (6, 16):
         padding = 2 if size < _PADDED_BELOW else border(width, size)
         layers += [nn.Conv2d(width, wider, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)]
