@@ -96,7 +96,8 @@ def run(
         print(f"ddpp.{stage}: stopped: nobody reads what it prints", file=sys.stderr)
         return 128 + 13  # SIGPIPE
     except OSError as e:  # as of names longer than the file system takes
-        print(f"ddpp.{stage}: error: {e.strerror or e}: {e.filename}", file=sys.stderr)
+        where = f": {e.filename}" if e.filename else ""
+        print(f"ddpp.{stage}: error: {e.strerror or e}{where}", file=sys.stderr)
         return 2
     except UserError as e:
         print(f"ddpp.{stage}: error: {e}", file=sys.stderr)

@@ -275,9 +275,8 @@ def _options(text: str) -> dict[str, Any]:
             raise UserError(f"options {_AS_IN}: unknown option {key!r}{nearest(key, known)} Known: {names}")
         if key in found:
             raise UserError(f"options {_AS_IN}: {key} is given twice, name it once")
-        found[key] = (
-            int(value) if value_type(ModelConfig, key)[0] is int and value.removeprefix("-").isdecimal() else value
-        )
+        whole = value_type(ModelConfig, key)[0] is int and value.removeprefix("-").isdecimal()
+        found[key] = int(value) if whole else value
     return found
 
 

@@ -48,9 +48,8 @@ class CudaGraphs:
     #: Of any capture in this process. Torch's allocator does not get over one that broke off, so no other is tried.
     failed = False
     _pools: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()  # of all captures
-    _for_good: ClassVar[
-        list[Any]
-    ] = []  # pools that are there then: torch 2.11 ends the process where one is given back
+    #: Pools that are there when a capture breaks off: torch 2.11 ends the process where one is given back after that.
+    _for_good: ClassVar[list[Any]] = []
 
     def __init__(self, sides: int = SIDES) -> None:
         self.sides = sides
@@ -154,6 +153,11 @@ class _Recording:
 def captured(run: RunConfig, device: torch.device) -> bool:
     """Whether student steps and trainings are captured, as a run's options and its device allow it."""
     return run.cuda_graphs and run.use_fused_kernels and device.type == "cuda"
+
+
+def graphs_for(run: RunConfig, device: torch.device) -> Graphs | None:
+    """What student steps are captured by, if they are."""
+    return Graphs() if captured(run, device) else None
 
 
 class Graphs:

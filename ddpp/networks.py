@@ -23,9 +23,9 @@ from ddpp.training import Backend, Recipe
 Result = TypeVar("Result")
 
 
-def images_bar(what: str, total: int, *, done: int = 0, shown: bool = True) -> tqdm[NoReturn]:
+def images_bar(what: str, total: int, *, shown: bool = True) -> tqdm[NoReturn]:
     """A bar of the images that networks are trained on, so that time left is told long before the first is trained."""
-    return tqdm(total=total, initial=done, desc=what, unit=" images", unit_scale=True, disable=not shown)
+    return tqdm(total=total, desc=what, unit=" images", unit_scale=True, disable=not shown)
 
 
 def skip(bar: tqdm[NoReturn], images: int) -> None:

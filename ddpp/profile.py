@@ -23,7 +23,7 @@ from ddpp import augment, cli, data, models, runs, seeds, synthetic
 from ddpp.config import SECTIONS, Config
 from ddpp.dual import ConvNetStep, Step
 from ddpp.errors import UserError
-from ddpp.gpu import Graphs, captured
+from ddpp.gpu import Graphs, graphs_for
 from ddpp.methods import METHODS
 from ddpp.methods.ddpp import DDPP
 from ddpp.models import flat
@@ -181,7 +181,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
         raise UserError(f"the step that is shown is one of ddpp or mtt, and {config.distill.method} has another")
     method.check(config)
     call, step, kept = outer_step(config, device)
-    found = measure(call, step, device, Graphs() if captured(config.run, device) else None)
+    found = measure(call, step, device, graphs_for(config.run, device))
     found = found._replace(megabytes={**found.megabytes, **kept})
     settings = config.distill
     of_a_class = settings.ipc * settings.images_in_one

@@ -8,7 +8,7 @@ from torch import Tensor
 from ddpp import augment, pruning, seeds
 from ddpp.config import Config, DistillConfig
 from ddpp.errors import UserError
-from ddpp.gpu import Graphs, captured, send
+from ddpp.gpu import graphs_for, send
 from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.models import flat
 from ddpp.pruning import Importance
@@ -70,7 +70,7 @@ class DDPP:
         self.keep = pruning.keep(self.rule, layout, **bounds)
         name = "auto" if run.use_fused_kernels else "autograd"
         self.step = provider(problem.network, name, tile=run.winograd, bf16=run.bf16)
-        self.graphs = Graphs() if captured(run, problem.device) else None
+        self.graphs = graphs_for(run, problem.device)
 
     def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
         settings, problem = self.problem.config.distill, self.problem
