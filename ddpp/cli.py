@@ -234,18 +234,22 @@ def _check_text(args: argparse.Namespace) -> None:
 
 
 def _resolve(args: argparse.Namespace, base: Config | None, own: str, sections: tuple[str, ...]) -> Config:
-    config = base or Config()
+    """The configuration that is asked for; ``args.given`` then holds the ``section.option`` that anything set."""
+    options = [(key.split("."), value) for key, value in vars(args).items() if "." in key]
+    layers: list[tuple[dict[str, dict[str, Any]], str]] = []
     if args.preset:
-        config = config.with_values(_taken(configuration.read_preset(args.preset), sections), f"preset {args.preset}")
-        _check_dataset(args, config)
+        layers.append((_taken(configuration.read_preset(args.preset), sections), f"preset {args.preset}"))
+        _check_dataset(args, Config().with_values(*layers[0]))
     if args.config:
         values = configuration.read_toml(args.config)
-        config = config.with_values(_taken(values, sections), args.config)
+        layers.append((_taken(values, sections), args.config))
         if "model" not in sections and (left := [name for name in values if name in SECTIONS and name not in sections]):
             print(f"{args.config}: not for this stage, and ignored: [{'], ['.join(left)}]", file=sys.stderr)
-    given = [(key.split("."), value) for key, value in vars(args).items() if "." in key]
-    for (section, name), value in given:
-        config = config.with_values({section: {name: value}}, f"--{flag(section, name, own)}")
+    layers += [({section: {name: value}}, f"--{flag(section, name, own)}") for (section, name), value in options]
+    config = base or Config()
+    for values, source in layers:
+        config = config.with_values(values, source)
+    args.given = {f"{section}.{name}" for values, _ in layers for section, table in values.items() for name in table}
     # A run remembers where they are, not how they were called from the folder where it was begun.
     plugins = [str(Path(name).resolve()) if name.endswith(".py") else name for name in config.run.plugins]
     return config.with_values({"run": {"plugins": plugins}}, "--plugins")

@@ -185,7 +185,7 @@ def distill(
 
     with runs.Interruption() as interruption, progress:
         while state.step < settings.steps:
-            state, row = _outer_step(state, method, settings)
+            state, row = outer_step(state, method, settings)
             log.add(row)
             progress.update()
             progress.set_postfix(loss=row["loss"], step_size=row["step_size"], refresh=False)
@@ -219,8 +219,11 @@ def select(selection: Selection, folder: Path, device: torch.device) -> State:
     return state
 
 
-def _outer_step(state: State, method: Method, settings: DistillConfig) -> tuple[State, dict[str, Any]]:
-    """One update: taken; skipped where nothing could be matched or too little was; undone where it is not finite."""
+def outer_step(state: State, method: Method, settings: DistillConfig) -> tuple[State, dict[str, Any]]:
+    """The state after one update, and its line of the log.
+
+    The update is taken; skipped where nothing could be matched or too little was; undone where it is not finite.
+    """
     update = method.update(state.synthetic, state.step, state.memory).checked(state.synthetic)
     proposed = state.moved(update, settings)
     finite = proposed.finite() & torch.isfinite(update.loss)
@@ -327,12 +330,23 @@ def _check_steps(folder: Path, steps: int) -> None:
         raise UserError(f"{folder} is at step {at} already; give --steps {at} or more")
 
 
-def _run(config: Config, args: argparse.Namespace) -> None:
-    settings, seed, device = config.distill, config.run.seed, cli.device(config)
-    method_class = METHODS.get(settings.method)
-    own = own_options(method_class, settings.own)
-    _check(config, method_class)
+def prepare(
+    config: Config, device: torch.device, name: str | None = None
+) -> tuple[Problem, Method | Selection, Synthetic, Parameterization]:
+    """What a run begins with: the problem, without teachers; the method; the first set; and what is learned of it.
+
+    Args:
+        name: of the data set where a run began with the same images under another.
+
+    Raises:
+        UserError: options that cannot work together, or data that cannot be read; there is no folder or teacher yet.
+    """
+    settings, seed = config.distill, config.run.seed
+    method = METHODS.get(settings.method)
+    own = own_options(method, settings.own)
+    _check(config, method)
     dataset = data.load(config.data)
+    dataset = replace(dataset, name=name or dataset.name)
     evaluate.check(config, dataset)
     network = models.build(config.model, dataset.shape, len(dataset.classes), seed=seed).to(device)
     groups = augment.groups_for(config.augment.strategy, dataset.strategy)
@@ -342,7 +356,13 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     in_one = learned.images_in_one
     first = synthetic.start(dataset, settings.ipc, settings.init, settings.step_size, seed, in_one).to(device)
     problem = Problem(config, dataset, network, [], groups, device, own)
-    method = method_class(problem)  # may refuse, before there is a folder or a teacher
+    return problem, method(problem), first, space
+
+
+def _run(config: Config, args: argparse.Namespace) -> None:
+    settings, seed = config.distill, config.run.seed
+    problem, method, first, space = prepare(config, cli.device(config), _name_of(args))
+    dataset = problem.dataset
     base = Path("runs") / f"{dataset.name}-{settings.method}-ipc{settings.ipc}-seed{seed}"
     out = Path(args.out) if args.out else runs.unused_folder(base)
     if args.resume:
@@ -449,6 +469,12 @@ def _evaluated(
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="Run folder (default: runs/<dataset>-<method>-ipc<n>-seed<s>).")
     parser.add_argument("--resume", action="store_true", help="Continue the run in --out where it stopped.")
+
+
+def _name_of(args: argparse.Namespace) -> str | None:
+    """The data set's name when the run to resume was begun: a folder of images may have been renamed since."""
+    path = Path(args.out or "") / "data.json"
+    return runs.read_json(path).get("name") if args.resume and path.is_file() else None
 
 
 def _saved(args: argparse.Namespace) -> Config | None:

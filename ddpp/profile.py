@@ -1,7 +1,7 @@
 """``python -m ddpp.profile``: where the time and the memory of one outer step go, as tables and a picture.
 
-Takes the options of ``ddpp.distill``. It needs no teachers: the student starts at random weights, and the target is a
-tenth of each parameter away.
+Takes the options of ``ddpp.distill``, and any of its methods that takes outer steps. It needs no teachers: students
+start at random weights, and the target is a tenth of each parameter away.
 """
 
 from __future__ import annotations
@@ -9,26 +9,29 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
-from ddpp import augment, cli, data, models, runs, seeds, synthetic
+from ddpp import cli, distill, runs, seeds, synthetic
 from ddpp.config import SECTIONS, Config
-from ddpp.dual import ConvNetStep, Step
+from ddpp.dual import ConvNetStep
 from ddpp.errors import UserError
 from ddpp.gpu import Graphs, graphs_for
-from ddpp.methods import METHODS
+from ddpp.methods import Problem, Selection
 from ddpp.methods.ddpp import DDPP
 from ddpp.models import flat
 from ddpp.ops import convnet
-from ddpp.unroll import Matching, matching_gradients, provider
+from ddpp.trajectories import Trajectory
+from ddpp.unroll import AutogradStep
 
 #: What is left of a ConvNet's step, one operator, when the times are taken off that it tells of.
 WAITING = "threads waiting for each other"
@@ -55,9 +58,6 @@ ROOMS: dict[str, tuple[str, ...]] = {
 OTHER, OUTSIDE = "other operators", "outside operators"
 
 
-Call = Callable[[Graphs | None], Matching]
-
-
 class Profile(NamedTuple):
     """Milliseconds by room and megabytes by what they hold."""
 
@@ -71,8 +71,8 @@ def room(operator: str) -> str:
     return next((name for name, starts in ROOMS.items() if operator.startswith(starts)), OTHER)
 
 
-def measure(call: Call, step: Step, device: torch.device, graphs: Graphs | None = None) -> Profile:
-    """Times an outer step, its second and third call, and adds up what its provider of a step holds.
+def measure(steps: OuterSteps, device: torch.device, graphs: Graphs | None = None) -> Profile:
+    """Times the second outer step, watches a later one, and adds up what the provider of its inner steps holds.
 
     Args:
         graphs: what replays its inner steps where nothing watches; a graph does not tell of its operators.
@@ -80,7 +80,7 @@ def measure(call: Call, step: Step, device: torch.device, graphs: Graphs | None 
 
     def timed(graphs: Graphs | None = None) -> float:
         began = time.perf_counter()
-        call(graphs)
+        steps(graphs)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return 1e3 * (time.perf_counter() - began)
@@ -92,12 +92,12 @@ def measure(call: Call, step: Step, device: torch.device, graphs: Graphs | None 
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     account = torch.zeros(len(convnet.TIMES) + len(convnet.BYTES), dtype=torch.float64)
-    if isinstance(step, ConvNetStep):
-        step.account = account
+    if isinstance(steps.provider, ConvNetStep):
+        steps.provider.account = account
     with torch_profile(activities=activities) as profiler:
         watched = timed()
-    if isinstance(step, ConvNetStep):
-        step.account = None
+    if isinstance(steps.provider, ConvNetStep):
+        steps.provider.account = None
     rooms = dict.fromkeys([*ROOMS, OTHER], 0.0)
     for event in profiler.key_averages():
         if event.device_type != DeviceType.CPU:
@@ -109,49 +109,65 @@ def measure(call: Call, step: Step, device: torch.device, graphs: Graphs | None 
         rooms[name] = rooms.get(name, 0.0) + spent
     rooms[OUTSIDE] = max(0.0, watched - sum(rooms.values()))
     held = dict(zip(convnet.BYTES, (account[len(convnet.TIMES) :] / 1e6).tolist(), strict=True))
-    return Profile(rooms, held, total)
+    return Profile(rooms, {**held, **steps.kept}, total)
 
 
-def outer_step(config: Config, device: torch.device) -> tuple[Call, Step, dict[str, float]]:
-    """One outer step as ``ddpp.distill`` would take it, its provider, and megabytes of what the unroll keeps."""
-    settings, fused = config.distill, config.run.use_fused_kernels
-    dataset = data.load(config.data)
-    network = models.build(config.model, dataset.shape, len(dataset.classes), seed=config.run.seed).to(device)
-    several, seed = settings.images_in_one, config.run.seed
-    images = synthetic.start(dataset, settings.ipc, settings.init, settings.step_size, seed, several).to(device)
-    draw = seeds.generator(config.run.seed, "profile")
-    start = flat.flatten(network)
-    noise = torch.randn(start.shape, generator=draw).to(device)
-    count = len(images.images)
-    size = min(settings.batch or count, count)
-    batches = [torch.randperm(count, generator=draw)[:size].to(device) for _ in range(settings.inner_steps)]
-    groups = augment.groups_for(config.augment.strategy, dataset.strategy)
-    drawn = augment.draw(
-        len(batches), size, *dataset.shape[1:], groups=groups, mode=config.augment.mode, generator=draw
-    )
-    step = provider(network, "auto" if fused else "autograd", tile=config.run.winograd, bf16=config.run.bf16)
+class OuterSteps:
+    """Outer steps as ``ddpp.distill`` takes them, one at each call, under teachers that are made up.
 
-    def call(graphs: Graphs | None = None) -> Matching:
-        return matching_gradients(
-            network,
-            start,
-            start * (1 + 0.1 * noise),
-            images.images,
-            images.labels,
-            images.step_size,
-            batches,
-            list(drawn.to(device)),
-            settings.epsilon or None,
-            settings.engine,
-            fused=fused,
-            step=step,
-            checkpoint_every=settings.keep_every,
-            graphs=graphs,
-        )
+    Attributes:
+        provider: of inner steps, or None of methods that have none.
 
-    states = -(-len(batches) // settings.keep_every) + 1
-    kept = {"student's parameters": states * start.nbytes / 1e6} if settings.engine == "adjoint" else {}
-    return call, step, kept
+    Raises:
+        UserError: the options cannot work together, or the method takes no outer steps.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.settings = config.distill
+        problem, method, first, space = distill.prepare(config, device)
+        if isinstance(method, Selection):
+            raise UserError(f"--method {self.settings.method} takes no outer steps, of which one could be shown")
+        if method.needs_teachers:
+            method = type(method)(replace(problem, teachers=[MadeUp.of(problem)]))
+        if self.settings.labels == "soft":
+            first = synthetic.with_soft_labels(first, len(problem.dataset.classes))
+        self.method, self.state = method, distill.State.begin(first, space)
+        step = getattr(method, "step", None)
+        self.provider = step if isinstance(step, ConvNetStep | AutogradStep) else None
+
+    def __call__(self, graphs: Graphs | None = None) -> None:
+        """Takes one, whose inner steps are replayed by ``graphs`` where they are given and the method can."""
+        if isinstance(self.method, DDPP):
+            self.method.graphs = graphs
+        self.state, _ = distill.outer_step(self.state, self.method, self.settings)
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """Megabytes of what the unroll keeps from its way there for its way back."""
+        settings = self.settings
+        if not isinstance(self.method, DDPP) or settings.engine == "unrolled":
+            return {}
+        states = -(-settings.inner_steps // settings.keep_every) + 1
+        return {"student's parameters": states * 4e-6 * flat.size(flat.layout(self.method.problem.network))}
+
+
+@dataclass(frozen=True)
+class MadeUp(Trajectory):
+    """A teacher that goes from random weights, the same at each epoch, to a tenth of each parameter away."""
+
+    start: Tensor  # [P]
+    target: Tensor  # [P]
+
+    @classmethod
+    def of(cls, problem: Problem) -> MadeUp:
+        start = flat.flatten(problem.network).cpu()
+        noise = torch.randn(start.shape, generator=seeds.generator(problem.config.run.seed, "profile"))
+        epochs, layout = problem.config.teachers.epochs, flat.layout(problem.network)
+        return cls(Path("made up"), epochs, layout, {}, start, start * (1 + 0.1 * noise))
+
+    def rows(self, start: int, target: int) -> tuple[Tensor, Tensor]:
+        """The same two, whatever is asked for. [P], [P]"""
+        return self.start, self.target
 
 
 def table(title: str, rows: dict[str, float], unit: str) -> str:
@@ -176,25 +192,24 @@ def draw(found: Profile, path: Path) -> None:
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:
-    device, method = cli.device(config), METHODS.get(config.distill.method)
-    if not issubclass(method, DDPP):
-        raise UserError(f"the step that is shown is one of ddpp or mtt, and {config.distill.method} has another")
-    method.check(config)
-    call, step, kept = outer_step(config, device)
-    found = measure(call, step, device, graphs_for(config.run, device))
-    found = found._replace(megabytes={**found.megabytes, **kept})
-    settings = config.distill
-    of_a_class = settings.ipc * settings.images_in_one
-    print(
-        f"{config.data.dataset}, {settings.method}, {of_a_class} images a class, {settings.inner_steps} inner steps, "
-        f"engine {settings.engine}, {type(step).__name__}, {torch.get_num_threads()} threads: {found.total:.0f} ms\n"
-    )
+    device = cli.device(config)
+    steps = OuterSteps(config, device)
+    found = measure(steps, device, graphs_for(config.run, device))
+    print(f"{_described(config, steps)}, {torch.get_num_threads()} threads: {found.total:.0f} ms\n")
     print(table("time, longer by what watching takes", found.milliseconds, "ms"))
     print()
     print(table("memory held between steps", found.megabytes, "MB"))
     print(f"\npeak memory of the process: {runs.peak_memory_mb(device):.0f} MB")
     draw(found, Path(args.out))
     print(f"written: {args.out}")
+
+
+def _described(config: Config, steps: OuterSteps) -> str:
+    settings = config.distill
+    words = [config.data.dataset, settings.method, f"{settings.ipc * settings.images_in_one} images a class"]
+    if isinstance(steps.method, DDPP):
+        words += [f"{settings.inner_steps} inner steps", f"engine {settings.engine}"]
+    return ", ".join([*words, *([type(steps.provider).__name__] if steps.provider else [])])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

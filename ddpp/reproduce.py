@@ -11,11 +11,12 @@ import argparse
 import contextlib
 import functools
 import itertools
+import shlex
 import sys
 import time
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -332,7 +333,8 @@ def _draw_images(cells: Sequence[Cell], path: Path) -> None:
 
 
 def _run(config: Config, args: argparse.Namespace) -> None:
-    target = TARGETS[args.target]
+    given = _given(config, args)
+    target = _as_given(TARGETS[args.target], given)
     methods = tuple(args.methods or target.methods)
     for name in methods:
         METHODS.get(name)
@@ -352,7 +354,6 @@ def _run(config: Config, args: argparse.Namespace) -> None:
         )
         for method, ipc, seed in wanted
     ]
-    given = _given(config, args)
     failed = reproduce(target, cells, config, args.budget, given)
     print("\n" + write(target, cells, folder, dataset, _command(args, given)))
     if args.target == "figure2":
@@ -363,30 +364,36 @@ def _run(config: Config, args: argparse.Namespace) -> None:
 
 
 def _given(config: Config, args: argparse.Namespace) -> Given:
-    """The options that were given or differ from their defaults."""
+    """The options that were given, in whatever way."""
     given: Given = {}
-    for section in SECTIONS:
-        found, usual = getattr(config, section), getattr(Config(), section)
-        for name, value in vars(found).items():
-            if value != getattr(usual, name) or f"{section}.{name}" in vars(args):
-                given.setdefault(section, {})[name] = value
+    for section, name in (option.split(".") for option in sorted(args.given)):
+        given.setdefault(section, {})[name] = getattr(getattr(config, section), name)
     return given
+
+
+def _as_given(target: Table, given: Given) -> Table:
+    """A table of architectures shows those that were asked for."""
+    if not target.architectures:
+        return target
+    asked = given.get("evaluate", {})
+    architectures = asked.get("models") or target.architectures
+    return replace(target, architectures=architectures, search_lr=asked.get("search_lr", target.search_lr))
 
 
 def _command(args: argparse.Namespace, given: Given) -> str:
     """The command line that gave a table."""
-    words = ["python -m ddpp.reproduce", args.target, "--budget", args.budget]
-    words += ["--methods", *args.methods] if args.methods else []
-    words += ["--ipc", *args.ipc] if args.ipc else []
-    words += ["--seeds", *args.seeds] if args.seeds else []
+    words = ["python", "-m", "ddpp.reproduce", args.target, "--budget", args.budget]
+    for name in ("methods", "ipc", "seeds"):
+        words += [f"--{name}", *getattr(args, name)] if getattr(args, name) else []
+    words += ["--out", args.out] if args.out else []
     for section, table in given.items():
         for name, value in table.items():
-            flag = (f"evaluate_{name}" if section == "evaluate" else name).replace("_", "-")
+            flag = f"--{cli.flag(section, name, 'reproduce')}"
             if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
+                words.append(flag if value else flag.replace("--", "--no-", 1))
             else:
-                words += [f"--{flag}", *(value if isinstance(value, tuple) else [value])]
-    return " ".join(map(str, words))
+                words += [flag, *(value if isinstance(value, tuple) else [value])]
+    return shlex.join(map(str, words))
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -100,7 +100,7 @@ class Trajectory:
         """
         for part, values in expected.items():
             found = self.meta.get(part, {})
-            for key, value in values.items():
+            for key, value in _telling(part, values).items():
                 if found.get(key) != value:
                     raise UserError(
                         f"{self.path} holds a teacher of another {part}: {key} is {found.get(key)!r} there "
@@ -316,9 +316,14 @@ def _hidden(folder: Path, index: int, suffix: str = "") -> Path:
     return folder / f".{Path(file_name(index)).stem}{suffix}"
 
 
+def _telling(part: str, value: Any) -> Any:
+    """What tells one teacher from another: of a data set not its name, which a folder of images has from its own."""
+    return {key: kept for key, kept in value.items() if key != "name"} if part == "dataset" else value
+
+
 def _check_begun(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     for part, value in expected.items():
-        if found.get(part) != value:
+        if _telling(part, found.get(part, {})) != _telling(part, value):
             raise UserError(
                 f"{folder} holds the first epochs of a teacher of another {part}. Give the same options, "
                 "remove it, or name another folder of teachers."

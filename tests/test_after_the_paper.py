@@ -64,7 +64,7 @@ def test_steps_above_the_largest_loss_are_skipped(tmp_path: Path) -> None:
     for bound, moved in ((0.4, False), (0.6, True)):
         settings = replace(DistillConfig(), max_loss=bound)
         method = type("Fixed", (), {"update": lambda self, *_: update(1.0)})()
-        after, row = distill._outer_step(state(), method, settings)
+        after, row = distill.outer_step(state(), method, settings)
         assert row["outcome"] == ("taken" if moved else "skipped") and (after.skipped == 0) == moved
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ddpp import distill, evaluate, report, runs, synthetic
 from ddpp.config import Config, DistillConfig, ModelConfig
+from ddpp.data import pictures
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.methods import ddpp as ddpp_method
@@ -111,6 +112,30 @@ def test_a_killed_run_continues_to_the_same_bytes(
     assert distill.main(["--out", str(out), "--resume"]) == 0
     for name in ("synthetic.safetensors", "log.jsonl"):
         assert (out / name).read_bytes() == (long / name).read_bytes(), name
+
+
+def test_a_run_goes_on_where_its_folder_of_images_has_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And so have the teachers that were begun for it, in the folder that is named after it."""
+    monkeypatch.chdir(tmp_path)
+    draw = torch.Generator().manual_seed(0)
+    for part in ("train", "test"):
+        pictures.write(tmp_path / "birds" / part, torch.rand(40, 3, 8, 8, generator=draw), ["crow", "wren"])
+    argv = [*TOY, "--dataset", "folder", "--teachers-batch", "4", "--out", "run"]
+    assert distill.main([*argv, "--data-root", "birds"]) == 0
+    whole = (tmp_path / "run" / "synthetic.safetensors").read_bytes()
+    for name in ("results.json", "synthetic.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    (tmp_path / "birds").rename("crows")
+    capsys.readouterr()
+    assert distill.main(["--out", "run", "--resume", "--data-root", "crows"]) == 0
+    assert "training" not in capsys.readouterr().out
+    assert (tmp_path / "run" / "synthetic.safetensors").read_bytes() == whole
+    (folder,) = (tmp_path / "teachers").iterdir()
+    other = ["--data-root", "crows", "--teachers-folder", str(folder), "--out", "other"]
+    assert distill.main([*argv, *other]) == 0
+    assert "training" not in capsys.readouterr().out
 
 
 class _Scripted:

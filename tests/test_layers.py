@@ -41,10 +41,10 @@ LEVELS: dict[str, float] = {
     "table": 5,
     "continual": 5,
     "search": 5,
-    "profile": 5,
     "info": 5,
     "distill": 6,
     "reproduce": 6.5,
+    "profile": 6.5,
     "__main__": 7,
 }
 MAY_IMPORT_THEIR_OWN_LEVEL = {0}

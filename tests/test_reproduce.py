@@ -107,7 +107,29 @@ def test_options_of_the_evaluation_reach_every_run(tmp_path: Path, monkeypatch: 
     assert len(results["accuracy"]["dm"]["networks"]) == 3 and "dm/searched" not in results["accuracy"]
     assert results["accuracy"]["full"] is None  # the table does not show it
     text = (tmp_path / "table.md").read_text()
-    assert "--methods dm --ipc 1 --evaluate-models convnet --evaluate-networks 3 --no-evaluate-search-lr" in text
+    own = "--evaluate-models convnet --evaluate-networks 3 --no-evaluate-search-lr"
+    assert f"`python -m ddpp.reproduce table3 --budget quick --methods dm --ipc 1 --out {tmp_path} {own}`" in text
+    assert [line for line in text.splitlines() if "| trained on" in line] == ["| trained on | convnet |"]
+
+
+def test_a_table_of_other_architectures_has_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "QUICK", TINY)
+    argv = ["table2", "--methods", "dm", "--ipc", "1", "--out", str(tmp_path / "a b"), "--evaluate-models"]
+    assert reproduce.main([*argv, "convnet:4", "mlp"]) == 0
+    text = (tmp_path / "a b" / "table.md").read_text()
+    assert "| trained on | convnet:4 | mlp |" in text and "not run" not in text
+    assert f"--out '{tmp_path / 'a b'}' --evaluate-models convnet:4 mlp`" in text
+
+
+def test_options_of_a_file_hold_where_they_are_the_usual_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target's own, 2 epochs and 2 networks, are not the usual ones."""
+    monkeypatch.setattr(reproduce, "QUICK", TINY)
+    usual, file = configuration.Config().evaluate, tmp_path / "own.toml"
+    file.write_text(f"[evaluate]\nnetworks = {usual.networks}\n[data]\ndataset = 'digits'\n")
+    argv = ["table1", "--methods", "random", "--ipc", "1", "--config", str(file), "--out", str(tmp_path / "out")]
+    assert reproduce.main(argv) == 0
+    found = runs.saved_config(tmp_path / "out" / "digits-random-ipc1-seed0").evaluate
+    assert (found.networks, found.epochs) == (usual.networks, 2)
 
 
 def test_several_distillations_of_a_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

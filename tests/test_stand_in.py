@@ -113,7 +113,7 @@ def group_norm_has_two_derivatives() -> bool:
 def cut_and_resumed(arguments: list[str], out: Path, device: str) -> Synthetic:
     """From a run that ends after a step and goes on from its checkpoint."""
     steps: list[int] = []
-    outer_step = distill._outer_step
+    outer_step = distill.outer_step
 
     def cut(state: Any, *rest: Any) -> Any:
         steps.append(state.step)
@@ -122,7 +122,7 @@ def cut_and_resumed(arguments: list[str], out: Path, device: str) -> Synthetic:
         return outer_step(state, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "_outer_step", cut)
+        patch.setattr(distill, "outer_step", cut)
         with pytest.raises(RuntimeError, match=r"^cut$"):
             distilled(arguments, out, device)
         found = distilled([*arguments, "--resume"], out, device)
