@@ -34,37 +34,47 @@ def compare(first: Sequence[Path], second: Sequence[Path], *, evaluated: bool = 
 
     Returns:
         ``difference`` by architecture: ``mean``, ``margin`` (half of the 95 % interval), ``pairs``; ``of``, what these
-        are, "networks" or "distillations"; and ``score``, the mean LRS of each side where all real data was trained on
-        with hard labels.
+        are, "networks" or "distillations"; and ``score``, the mean LRS of each side on the first of these
+        architectures, where all real data was trained on with hard labels.
 
     Raises:
         UserError: not as many runs on both sides, one of them twice, an unfinished run, or runs of different data,
-            images a class or protocol; the message names the first difference.
+            images a class or protocol, or without a common architecture; the message names what differs.
     """
     if len(first) != len(second):
         raise UserError(f"--first and --second must name as many runs, got {len(first)} and {len(second)}")
     for option, folders in (("--first", first), ("--second", second)):
         if len({path.resolve() for path in folders}) < len(folders):
             raise UserError(f"{option} names a run twice, which would count as two; name each once")
-    pairs = [(accuracies.read(a, evaluated), accuracies.read(b, evaluated)) for a, b in zip(first, second, strict=True)]
-    for (a, b), names in zip(pairs, zip(first, second, strict=True), strict=True):
+    sides = [[accuracies.read(path, evaluated) for path in paths] for paths in (first, second)]
+    for a, b, *names in zip(*sides, first, second, strict=True):
         _check_alike(a, b, names)
-    shared = [name for name in pairs[0][0]["models"] if all(name in run["models"] for pair in pairs for run in pair)]
+    shared = _shared(dict(zip([*first, *second], [*sides[0], *sides[1]], strict=True)))
     differences = {}
     for name in shared:
-        sides = [[_networks(pair[side], name) for pair in pairs] for side in (0, 1)]
-        before, after = (found[0] if len(pairs) == 1 else list(map(statistics.fmean, found)) for found in sides)
+        networks = [[_networks(run, name) for run in side] for side in sides]
+        before, after = (found[0] if len(found) == 1 else list(map(statistics.fmean, found)) for found in networks)
         differences[name] = scores.paired_difference(before, after)._asdict()
     return {
         "first": [str(path) for path in first],
         "second": [str(path) for path in second],
         "difference": differences,
-        "of": "networks" if len(pairs) == 1 else "distillations",
-        "score": {side: _score([pair[i] for pair in pairs]) for i, side in enumerate(("first", "second"))},
+        "of": "networks" if len(first) == 1 else "distillations",
+        "score": {name: _score(side, shared[0]) for name, side in zip(("first", "second"), sides, strict=True)},
     }
 
 
-def _check_alike(a: dict[str, Any], b: dict[str, Any], names: tuple[Path, Path]) -> None:
+def _shared(found: dict[Path, dict[str, Any]]) -> list[str]:
+    """The architectures that all runs evaluated, by folder, in the order of the first."""
+    models = [run["models"] for run in found.values()]
+    shared = [name for name in models[0] if all(name in others for others in models)]
+    if not shared:
+        each = "; ".join(f"{path}: {', '.join(run['models'])}" for path, run in found.items())
+        raise UserError(f"no architecture was evaluated in all runs ({each}); evaluate one in all by ddpp.evaluate")
+    return shared
+
+
+def _check_alike(a: dict[str, Any], b: dict[str, Any], names: Sequence[Path]) -> None:
     between = f"{names[0]} and {names[1]} cannot be compared"
     if a["fingerprint"] != b["fingerprint"]:
         raise UserError(f"{between}: they were distilled from different data")
@@ -74,11 +84,14 @@ def _check_alike(a: dict[str, Any], b: dict[str, Any], names: tuple[Path, Path])
     seeds = a["config"]["run"]["seed"], b["config"]["run"]["seed"]
     if seeds[0] != seeds[1]:
         raise UserError(f"{between}: networks are paired by seed, and these have {seeds[0]} and {seeds[1]}")
-    for section in _EQUAL:
-        for key, value in a["config"][section].items():
-            other = b["config"][section][key]
-            if value != other and f"{section}.{key}" not in _MAY_DIFFER:
-                raise UserError(f"{between}: {section}.{key} is {value!r} and {other!r}")
+    found = [
+        f"{section}.{key} is {value!r} and {b['config'][section][key]!r}"
+        for section in _EQUAL
+        for key, value in a["config"][section].items()
+        if value != b["config"][section][key] and f"{section}.{key}" not in _MAY_DIFFER
+    ]
+    if found:
+        raise UserError(f"{between}: {'; '.join(found)}")
 
 
 def _networks(run: dict[str, Any], model: str) -> list[float]:
@@ -86,11 +99,11 @@ def _networks(run: dict[str, Any], model: str) -> list[float]:
     return found
 
 
-def _score(side: list[dict[str, Any]]) -> float | None:
+def _score(side: list[dict[str, Any]], model: str) -> float | None:
     """Mean LRS of runs with hard labels and an upper bound, None where one lacks it."""
     found = []
     for run in side:
-        table, settings = run["accuracy"], run["config"]["distill"]
+        table, settings = run["models"][model], run["config"]["distill"]
         if not table.get("full") or settings.get("labels") == "soft":
             return None
         own = table[settings["method"]]["mean"] / 100

@@ -403,6 +403,7 @@ def _run_in(
             init=settings.init,
             labels=settings.labels,
             seed=config.run.seed,
+            space=space,
         )
         method = method_class(replace(problem, teachers=trajectories))
     try:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import warnings
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -251,11 +251,7 @@ class Log:
         if self._written == 0:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         else:
-            try:
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in self.rows[self._written :])
-            except OSError as e:
-                raise _unwritable(self.path, e) from e
+            _append(self.path, self.rows[self._written :])
         self._written = len(self.rows)
 
 
@@ -266,6 +262,17 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
+
+
+def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Adds lines to a file, on disk when this returns: a checkpoint that comes after them must not outlive them."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as e:
+        raise _unwritable(path, e) from e
 
 
 class Ledger:
@@ -296,11 +303,7 @@ class Ledger:
         if part in self._found:
             return
         self._found[part] = found
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"part": part, "found": found}) + "\n")
-        except OSError as e:
-            raise _unwritable(self.path, e) from e
+        _append(self.path, [{"part": part, "found": found}])
 
 
 class Interruption:

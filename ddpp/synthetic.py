@@ -15,6 +15,7 @@ from ddpp import runs, seeds
 from ddpp.data import Dataset, Transform
 from ddpp.errors import UserError
 from ddpp.models import flat
+from ddpp.parameterization import PIXELS, Parameterization
 from ddpp.trajectories import Trajectory
 
 FORMAT = 1
@@ -131,12 +132,14 @@ def start_from_teachers(
     init: str,
     labels: str,
     seed: int,
+    space: Parameterization = PIXELS,
 ) -> Synthetic:
     """The start where it asks for teachers: images that they classify right, and their answers as soft labels.
 
     As DATM does (arXiv 2310.05773). ``init`` "correct": of each class the first images of a random order that a teacher
     classifies right after its last epoch; where one has not enough, the next teacher's follow. ``labels`` "soft": the
-    mean logits of the teachers that classify an image right, of all teachers where none does.
+    mean logits of the teachers that classify an image right, of all teachers where none does, each image as ``space``
+    gives it back.
 
     Raises:
         UserError: all teachers together classify fewer images of a class right than there are to be.
@@ -152,10 +155,11 @@ def start_from_teachers(
         images = _correct_images(first, dataset, network, ends(), seed)
     if labels != "soft":
         return replace(first, images=images)
+    shown = space.decode(space.encode(images))
     of_all, of_right = torch.zeros(2, len(images), len(dataset.classes), device=images.device)
     count = torch.zeros(len(images), 1, device=images.device)
     for end in ends():
-        answers = _answers(network, end, images)
+        answers = _answers(network, end, shown)
         right = (answers.argmax(1) == first.labels)[:, None]
         of_all, of_right, count = of_all + answers, of_right + answers * right, count + right
     return replace(first, images=images, labels=torch.where(count > 0, of_right / count, of_all / len(teachers)))

@@ -100,12 +100,11 @@ class Trajectory:
         """
         for part, values in expected.items():
             found = self.meta.get(part, {})
-            for key, value in _telling(part, values).items():
-                if found.get(key) != value:
-                    raise UserError(
-                        f"{self.path} holds a teacher of another {part}: {key} is {found.get(key)!r} there "
-                        f"and {value!r} here. Give the same options, or another folder of teachers."
-                    )
+            for key in _differing(part, found, values):
+                raise UserError(
+                    f"{self.path} holds a teacher of another {part}: {key} is {found.get(key)!r} there "
+                    f"and {values.get(key)!r} here. Give the same options, or another folder of teachers."
+                )
 
     @contextlib.contextmanager
     def _file(self) -> Iterator[Any]:
@@ -316,14 +315,17 @@ def _hidden(folder: Path, index: int, suffix: str = "") -> Path:
     return folder / f".{Path(file_name(index)).stem}{suffix}"
 
 
-def _telling(part: str, value: Any) -> Any:
-    """What tells one teacher from another: of a data set not its name, which a folder of images has from its own."""
-    return {key: kept for key, kept in value.items() if key != "name"} if part == "dataset" else value
+def _differing(part: str, found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """What tells a teacher's part from the one that is expected."""
+    keys = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
+    # A folder of images is called as it is named, and may have been renamed.
+    return [] if part == "dataset" and keys == ["name"] else keys
 
 
 def _check_begun(folder: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
     for part, value in expected.items():
-        if _telling(part, found.get(part, {})) != _telling(part, value):
+        differs = _differing(part, found.get(part, {}), value) if isinstance(value, dict) else found.get(part) != value
+        if differs:
             raise UserError(
                 f"{folder} holds the first epochs of a teacher of another {part}. Give the same options, "
                 "remove it, or name another folder of teachers."

@@ -15,6 +15,7 @@ from ddpp.errors import UserError
 from ddpp.methods import Update
 from ddpp.methods.ddpp import start_bound
 from ddpp.models import flat
+from ddpp.parameterization import PIXELS, Multiformation, Parameterization
 from ddpp.synthetic import Synthetic
 from ddpp.training import Recipe
 
@@ -81,12 +82,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[Tens
     return settings, [t.rows(4, 4)[0] for t in found], folder
 
 
-def started(settings: Config, init: str, labels: str, ipc: int = 3) -> tuple[Synthetic, nn.Module]:
+def started(
+    settings: Config, init: str, labels: str, ipc: int = 3, space: Parameterization = PIXELS
+) -> tuple[Synthetic, nn.Module]:
     dataset = data.load(settings.data)
     network = models.build(settings.model, dataset.shape, 10, seed=0)
     first = synthetic.start(dataset, ipc, init, 0.02, 0)
     found = teachers.open_all(Path(str(settings.teachers.folder)), settings, dataset, network)
-    return synthetic.start_from_teachers(first, dataset, network, found, init=init, labels=labels, seed=0), network
+    soft = synthetic.start_from_teachers(first, dataset, network, found, init=init, labels=labels, seed=0, space=space)
+    return soft, network
 
 
 def test_soft_labels_are_the_mean_answer_of_the_teachers_that_are_right(
@@ -99,6 +103,22 @@ def test_soft_labels_are_the_mean_answer_of_the_teachers_that_are_right(
         answers = [flat.call(network, end, image[None])[0] for end in ends]
         right = [a for a in answers if int(a.argmax()) == label] or answers
         torch.testing.assert_close(logits, sum(right) / len(right), rtol=1e-3, atol=1e-4)
+
+
+def test_soft_labels_are_answers_to_what_the_numbers_hold(trained: tuple[Config, list[Tensor], Path]) -> None:
+    """Not to the images that the numbers are an approximation of."""
+    settings, _, _ = trained
+    blurred = Multiformation((1, 8, 8), 4, torch.device("cpu"))
+    first, _ = started(settings, "real", "soft", ipc=4, space=blurred)
+    plain, _ = started(settings, "real", "soft", ipc=4)
+    assert torch.equal(first.images, plain.images) and not torch.allclose(first.labels, plain.labels, atol=0.1)
+    dataset = data.load(settings.data)
+    network = models.build(settings.model, dataset.shape, 10, seed=0)
+    found = teachers.open_all(Path(str(settings.teachers.folder)), settings, dataset, network)
+    truth = torch.arange(10).repeat_interleave(4)
+    of = replace(first, images=blurred.decode(blurred.encode(first.images)), labels=truth)
+    wanted = synthetic.start_from_teachers(of, dataset, network, found, init="real", labels="soft", seed=0)
+    torch.testing.assert_close(first.labels, wanted.labels)
 
 
 def test_correct_images_are_right_for_a_teacher_and_differ(trained: tuple[Config, list[Tensor], Path]) -> None:

@@ -28,16 +28,17 @@ def parsed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, Co
     return code, seen[0] if seen else None, capsys.readouterr().err
 
 
-def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("root", ['a "quoted" \\ path', "tab\tand\x7f", "\x00\x1f", "\x85 \u2028 \u00e9"])
+def test_saved_configuration_reads_back_equal(root: str, tmp_path: Path) -> None:
     asked = Config().with_values(
         {
             "distill": {"ipc": 7, "lr_step_size": 1e-7, "batch": 5},
             "evaluate": {"models": ["convnet", "vgg11"]},
-            "data": {"zca": True, "data_root": 'a "quoted" \\ path'},
+            "data": {"zca": True, "data_root": root},
         },
         "test",
     )
-    (tmp_path / "config.toml").write_text(asked.to_toml())
+    (tmp_path / "config.toml").write_text(asked.to_toml(), encoding="utf-8")
     assert config.load(tmp_path / "config.toml") == asked
 
 

@@ -155,12 +155,42 @@ def test_runs_are_compared_by_their_last_evaluation(
         assert evaluate.main(argv) == 0
     argv = ["--first", str(runs_of[0]), "--second", str(runs_of[1]), "--evaluated"]
     assert compare.main(argv) == 2
-    assert "evaluate.epochs is 2 and 3" in capsys.readouterr().err
+    assert "cannot be compared: evaluate.epochs is 2 and 3\n" in capsys.readouterr().err
     assert evaluate.main([str(runs_of[0]), "--models", "lenet", "--networks", "2", "--epochs", "3"]) == 0
     found = compare.compare(*([folder] for folder in runs_of), evaluated=True)
     assert list(found["difference"]) == ["lenet"] and found["difference"]["lenet"]["mean"] == 0
     assert compare.main(["--first", str(finished), "--second", str(runs_of[1]), "--evaluated"]) == 2
     assert "it was not evaluated" in capsys.readouterr().err
+    assert (
+        evaluate.main([str(runs_of[0]), "--models", "convnet", "--networks", "3", "--lr", "0.5", "--epochs", "4"]) == 0
+    )
+    assert compare.main(argv) == 2
+    told = capsys.readouterr().err
+    for difference in ("evaluate.networks is 3 and 2", "evaluate.epochs is 4 and 3", "evaluate.lr is 0.5 and None"):
+        assert difference in told
+
+
+def test_runs_without_a_common_architecture_are_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    results = json.loads((other / "results.json").read_text())
+    results["models"] = {"mlp": results["models"]["convnet"]}
+    (other / "results.json").write_text(json.dumps(results))
+    assert compare.main(["--first", str(finished), "--second", str(other)]) == 2
+    assert f"in all runs ({finished}: convnet; {other}: mlp)" in capsys.readouterr().err
+
+
+def test_the_score_is_of_an_architecture_that_all_runs_share(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    results = json.loads((other / "results.json").read_text())
+    chance = {name: {**found, "mean": 10.0} for name, found in results["models"]["convnet"].items()}
+    results["models"], results["accuracy"] = {"mlp": chance, **results["models"]}, chance
+    (other / "results.json").write_text(json.dumps(results))
+    score = compare.compare([finished], [other])["score"]
+    assert score["first"] is not None and score["first"] == score["second"]
 
 
 @pytest.mark.parametrize(

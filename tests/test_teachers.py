@@ -160,7 +160,7 @@ def test_a_folder_of_other_teachers_is_refused(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"name": "cifar10"}, "another dataset: name is 'digits' there and 'cifar10' here"),
+        ({"name": "cifar10", "fingerprint": "0"}, "another dataset: name is 'digits' there and 'cifar10' here"),
         ({"preprocessing": "zca"}, "another dataset: preprocessing is 'channel' there and 'zca' here"),
         ({"fingerprint": "0"}, "another dataset: fingerprint is"),
     ],
@@ -172,6 +172,12 @@ def test_teachers_of_other_data_are_refused(
     train(config, dataset)
     with pytest.raises(UserError, match=message):
         open_all(tmp_path, config, replace(dataset, **changed))
+
+
+def test_flat_teachers_are_not_taken_for_plain_ones(tmp_path: Path, dataset: Dataset) -> None:
+    train(settings(tmp_path, count=1, sharpness_radius=0.01), dataset)
+    with pytest.raises(UserError, match=r"another recipe: sharpness_radius is 0\.01 there and None here"):
+        train(settings(tmp_path, count=1), dataset)
 
 
 def test_teachers_of_another_network_are_refused(tmp_path: Path, dataset: Dataset) -> None:
