@@ -51,7 +51,7 @@ from ddpp.ops._library import using
 from ddpp.ops._streams import SIDES
 from ddpp.ops.head import Linear
 from ddpp.training import Backend, Recipe
-from ddpp.unroll import Matching, matching_gradients, provider
+from ddpp.unroll import Gradients, matching_gradients, provider
 
 Side = Callable[[], object]
 ROUNDS = 15
@@ -324,11 +324,11 @@ def profiles(device: torch.device, small: bool) -> Iterator[tuple[str, list[dict
                 yield f"outer step, {name}, {precision}, {side}", by_kernel(_sides(problem)[side](), device)
 
 
-def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Matching]]]:
+def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Gradients]]]:
     """What makes the reference, every step a graph of autograd, and the adjoint engine in seven forms."""
     on_gpu = problem["start"].is_cuda
 
-    def adjoint(graphs: bool = True, bf16: bool = False, sides: int = SIDES) -> Callable[[], Matching]:
+    def adjoint(graphs: bool = True, bf16: bool = False, sides: int = SIDES) -> Callable[[], Gradients]:
         step = provider(problem["network"], "dual", bf16=bf16)
         captured = Graphs(CudaGraphs(sides)) if graphs and on_gpu else None
         return lambda: matching_gradients(**problem, step=step, graphs=captured)
@@ -344,7 +344,7 @@ def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Match
     }
 
 
-def _converting(call: Callable[[], Matching]) -> Callable[[], Matching]:
+def _converting(call: Callable[[], Gradients]) -> Callable[[], Gradients]:
     """With every convolution in torch's layout between two conversions: whether the vendor's are faster there by more.
 
     Weights are converted too, which a step made for that layout would not need to.
@@ -359,7 +359,7 @@ def _converting(call: Callable[[], Matching]) -> Callable[[], Matching]:
 
         return run
 
-    def run() -> Matching:
+    def run() -> Gradients:
         with (
             mock.patch.object(convnet.F, "conv2d", converted(F.conv2d)),
             mock.patch.object(convnet, "_convolution_backward", converted(convnet._convolution_backward)),
@@ -369,7 +369,7 @@ def _converting(call: Callable[[], Matching]) -> Callable[[], Matching]:
     return run
 
 
-def _turning(call: Callable[[], Matching]) -> Callable[[], Matching]:
+def _turning(call: Callable[[], Gradients]) -> Callable[[], Gradients]:
     """With the gradients of inputs as forward convolutions by the weights turned round, which have faster kernels.
 
     Weights are turned at every call, which a step made for it would do once for all layers. Padding is 1.
@@ -382,21 +382,21 @@ def _turning(call: Callable[[], Matching]) -> Callable[[], Matching]:
 
     plain = convnet._convolution_backward
 
-    def run() -> Matching:
+    def run() -> Gradients:
         with mock.patch.object(convnet, "_convolution_backward", turned):
             return call()
 
     return run
 
 
-def _as_published(call: Callable[[], Matching], plans: list[Tensor]) -> Callable[[], Matching]:
+def _as_published(call: Callable[[], Gradients], plans: list[Tensor]) -> Callable[[], Gradients]:
     """As published codes run, with any of the vendor's algorithms: they do not ask for the same bits each time.
 
     Nor do they ask the device which groups of the augmentation are on, since the host draws them.
     """
     groups = {id(plan): in_torch._groups_on(plan) for plan in plans}
 
-    def run() -> Matching:
+    def run() -> Gradients:
         torch.backends.cudnn.deterministic = False
         try:
             with mock.patch.object(in_torch, "_groups_on", lambda plan: groups[id(plan)]):
@@ -426,7 +426,7 @@ def by_kernel(call: Side, device: torch.device) -> list[dict[str, Any]]:
     return [{"kernel": key, "calls": n, "ms": time_ / 1e3, "share": time_ / total} for time_, n, key in slowest]
 
 
-def _turned(found: Matching, exact: Matching) -> float:
+def _turned(found: Gradients, exact: Gradients) -> float:
     """1 - cosine of the pixels' gradient to the exact one."""
     return 1 - float(F.cosine_similarity(found.images.double().flatten(), exact.images.flatten(), dim=0))
 

@@ -93,7 +93,7 @@ class TeachersConfig:
 class DistillConfig:
     method: str = option(
         "ddpp",
-        "Method: ddpp, mtt, dc, dsa, dm, cafe or kip; random, herding, kcenter or forgetting, which select real "
+        "Method: ddpp, mtt, bptt, dc, dsa, dm, cafe or kip; random, herding, kcenter or forgetting, which select real "
         "images; or given, a set made elsewhere.",
     )
     ipc: int = option(1, "Synthetic images per class: the storage, which --images-in-one may fill with more.", low=1)
@@ -108,6 +108,13 @@ class DistillConfig:
     )
     steps: int = option(200, "Outer steps: updates of the synthetic images.", low=1)
     inner_steps: int = option(20, "Inner steps: student updates in each outer step (J).", low=1)
+    inner_optimizer: str = option("sgd", "Rule of the updates of bptt's students.", choices=("sgd", "adam"))
+    student_steps: int | None = option(
+        None,
+        "Updates of bptt's students: up to so many, a random number, of which the last --inner-steps are "
+        "differentiated; by default these alone.",
+        low=1,
+    )
     teacher_span: int = option(2, "Epochs between the teacher's start and target (K).", low=1)
     max_start_epoch: int = option(5, "Start epochs are drawn below this bound.", low=1)
     epsilon: float = option(
@@ -155,7 +162,7 @@ class DistillConfig:
         0.0, "Learning rate of a weight for each parameter in the distance (IADD); 0 weighs all alike.", low=0
     )
     nearest_step: bool = option(False, "Match after the inner step that is nearest to the target, not after the last.")
-    real_batch: int = option(256, "Real images of each class in an outer step of dc, dsa, dm and cafe.", low=1)
+    real_batch: int = option(256, "Real images of each class in an outer step of bptt, dc, dsa, dm and cafe.", low=1)
     loops: int | None = option(
         None, "Outer steps that dc and dsa take with one network; by default the papers' for the ipc.", low=1
     )

@@ -24,13 +24,22 @@ from ddpp.config import SECTIONS, Config, DistillConfig
 from ddpp.data import Dataset
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, Memory, Method, Predictor, Problem, Selection, Update, own_options
+from ddpp.methods.bptt import BPTT
 from ddpp.methods.ddpp import DDPP
 from ddpp.parameterization import PIXELS, Parameterization
 from ddpp.synthetic import Synthetic
 from ddpp.trajectories import Trajectory
 
 UNDONE_IN_A_ROW = 10
-_OF_TRAJECTORIES = ("prune", "lr_importance", "nearest_step", "engine", "min_start_epoch", "first_max_start_epoch")
+# Options that some methods alone have, but for their defaults, and what these methods do.
+_OF_SOME: dict[tuple[str, ...], tuple[tuple[type[Method], ...], str]] = {
+    ("prune", "lr_importance", "nearest_step", "min_start_epoch", "first_max_start_epoch"): (
+        (DDPP,),
+        "matches trajectories (ddpp, mtt)",
+    ),
+    ("engine",): ((DDPP, BPTT), "differentiates a student's training (ddpp, mtt, bptt)"),
+    ("inner_optimizer", "student_steps"): ((BPTT,), "trains students from scratch (bptt)"),
+}
 SMALLEST_STEP_SIZE = 1e-3  # of the first one
 
 
@@ -310,12 +319,11 @@ def _check(config: Config, method: type[Method] | type[Selection]) -> None:
         learning = ", ".join(name for name in METHODS.names() if METHODS.get(name).learns_labels)
         raise UserError(f"--labels soft needs a method that learns labels ({learning}), and {settings.method} does not")
     usual = DistillConfig()
-    for name in _OF_TRAJECTORIES:
-        if getattr(settings, name) != getattr(usual, name) and not issubclass(method, DDPP):
-            option = f"--{name.replace('_', '-')} {getattr(settings, name)}"
-            raise UserError(
-                f"{option} needs a method that matches trajectories (ddpp, mtt), and {settings.method} does not"
-            )
+    for names, (methods, what) in _OF_SOME.items():
+        for name in names:
+            if getattr(settings, name) != getattr(usual, name) and not issubclass(method, methods):
+                option = f"--{name.replace('_', '-')} {getattr(settings, name)}"
+                raise UserError(f"{option} needs a method that {what}, and {settings.method} does not")
     if settings.init == "correct" and not method.needs_teachers:
         raise UserError(f"--init correct asks teachers, and method {settings.method} has none; give --init real")
     if check := getattr(method, "check", None):  # one of a plugin may do without

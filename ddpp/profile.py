@@ -27,9 +27,11 @@ from ddpp.dual import ConvNetStep
 from ddpp.errors import UserError
 from ddpp.gpu import Graphs, graphs_for
 from ddpp.methods import Problem, Selection
+from ddpp.methods.bptt import BPTT
 from ddpp.methods.ddpp import DDPP
 from ddpp.models import flat
 from ddpp.ops import convnet
+from ddpp.optimizers import OPTIMIZERS
 from ddpp.trajectories import Trajectory
 from ddpp.unroll import AutogradStep
 
@@ -137,7 +139,7 @@ class OuterSteps:
 
     def __call__(self, graphs: Graphs | None = None) -> None:
         """Takes one, whose inner steps are replayed by ``graphs`` where they are given and the method can."""
-        if isinstance(self.method, DDPP):
+        if isinstance(self.method, DDPP | BPTT):
             self.method.graphs = graphs
         self.state, _ = distill.outer_step(self.state, self.method, self.settings)
 
@@ -145,10 +147,11 @@ class OuterSteps:
     def kept(self) -> dict[str, float]:
         """Megabytes of what the unroll keeps from its way there for its way back."""
         settings = self.settings
-        if not isinstance(self.method, DDPP) or settings.engine == "unrolled":
+        if not isinstance(self.method, DDPP | BPTT) or settings.engine == "unrolled":
             return {}
         states = -(-settings.inner_steps // settings.keep_every) + 1
-        return {"student's parameters": states * 4e-6 * flat.size(flat.layout(self.method.problem.network))}
+        state = OPTIMIZERS[settings.inner_optimizer].begin(flat.flatten(self.method.problem.network))
+        return {"student's parameters": states * state.nbytes / 1e6}
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
 def _described(config: Config, steps: OuterSteps) -> str:
     settings = config.distill
     words = [config.data.dataset, settings.method, f"{settings.ipc * settings.images_in_one} images a class"]
-    if isinstance(steps.method, DDPP):
+    if isinstance(steps.method, DDPP | BPTT):
         words += [f"{settings.inner_steps} inner steps", f"engine {settings.engine}"]
     return ", ".join([*words, *([type(steps.provider).__name__] if steps.provider else [])])
 

@@ -17,7 +17,7 @@ The walk knows no network: a :class:`ddpp.dual.Step` gives g_j, and phi_j with i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -31,21 +31,25 @@ from ddpp.dual import ConvNetStep, Step, StepAdjoint
 from ddpp.errors import UserError, nearest
 from ddpp.gpu import Graphs
 from ddpp.models import Network, flat
-from ddpp.ops import dsa_augment, masked_match_loss, norm_relu_pool
+from ddpp.ops import masked_match_loss, norm_relu_pool
 from ddpp.ops.convnet import TILES
-from ddpp.ops.dsa import dsa_adjoint
+from ddpp.optimizers import OPTIMIZERS, Batch, Pulled, Rule, augmented, backward, forward
 from ddpp.pruning import Distance
 
 
-class Matching(NamedTuple):
-    """The matching loss of one unroll and its exact gradients; ``labels`` is None for class indices."""
+class Gradients(NamedTuple):
+    """The loss of one unroll and its exact gradients; ``labels`` is None for class indices."""
 
     loss: Tensor  # []
     images: Tensor  # [N, C, H, W]
     lr: Tensor  # []
     labels: Tensor | None  # [N, K]
-    kept: Tensor  # [] int64
+    kept: Tensor  # [] int64, of the parameters in a matching loss
     end: Tensor  # [P]
+
+
+#: From a student's last parameters [P] to a loss [] and how much it is of [].
+Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class AutogradStep(Step):
@@ -146,47 +150,6 @@ def provider(network: nn.Module, name: str = "auto", *, tile: int = 2, bf16: boo
     return AutogradStep(network if name == "autograd" else _with_fused_blocks(network))
 
 
-def _augmented(images: Tensor, plan: Tensor | None, fused: bool) -> Tensor:
-    return images if plan is None else dsa_augment(images, plan, fused=fused)
-
-
-def _forward(
-    step: Step,
-    fused: bool,
-    theta: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    lr: Tensor,
-    batch: Tensor,
-    plan: Tensor | None,
-) -> Tensor:
-    """An inner step's parameters from those before it. [P]"""
-    gradient = step.gradient(theta, _augmented(images[batch], plan, fused), labels[batch])
-    return torch.addcmul(theta, gradient, lr, value=-1)
-
-
-def _backward(
-    step: Step,
-    fused: bool,
-    theta: Tensor,
-    adjoint: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    lr: Tensor,
-    batch: Tensor,
-    plan: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dL/dtheta [P] before an inner step from that after it, and what it adds to -dL/dX, -dL/dlr and -dL/dy.
-
-    The last three: [n, C, H, W], [], and [n, K] or None.
-    """
-    augmented = _augmented(images[batch], plan, fused)
-    found = step.adjoint(theta, adjoint, augmented, labels[batch])
-    d_images = found.images if plan is None else dsa_adjoint(found.images, plan, fused=fused)
-    d_labels = None if found.labels is None else lr * found.labels
-    return torch.addcmul(adjoint, found.theta, lr, value=-1), lr * d_images, found.phi, d_labels
-
-
 def _may_be_read(tensor: Tensor) -> bool:
     """Whether its values can be looked at without waiting for a GPU."""
     return tensor.device.type == "cpu"
@@ -204,34 +167,28 @@ def _cross_entropy(network: nn.Module, theta: Tensor, images: Tensor, labels: Te
 
 
 class _Unroll(NamedTuple):
-    """Everything an engine needs; see :func:`matching_gradients`."""
+    """Everything an engine needs; see :func:`training_gradients`."""
 
     network: nn.Module
     start: Tensor
-    target: Tensor
     images: Tensor
     labels: Tensor
     lr: Tensor
     batches: Sequence[Tensor]
     plans: Sequence[Tensor | None]
-    epsilon: float | None
+    objective: Objective
     fused: bool
     step: Step
+    rule: Rule
+    corrections: Sequence[Tensor | None]
+    first: int
     checkpoint_every: int
-    distance: Distance | None
     graphs: Graphs | None
 
     def check(self) -> None:
-        parameters = sum(p.numel() for p in self.network.parameters())
-        for name, vector in (("start", self.start), ("target", self.target)):
-            if vector.shape != (parameters,):
-                raise UserError(
-                    f"{name} must be flat with the network's {parameters} parameters, got {tuple(vector.shape)}"
-                )
-        dtype, device = self.start.dtype, self.start.device
-        for name, tensor in (("target", self.target), ("images", self.images), ("lr", self.lr)):
-            if tensor.dtype != dtype or tensor.device != device:
-                raise UserError(f"{name} must be {dtype} on {device} like start, got {tensor.dtype} on {tensor.device}")
+        _check_flat("start", self.start, self.network)
+        for name, tensor in (("images", self.images), ("lr", self.lr)):
+            _check_alike(name, tensor, self.start)
         if self.images.ndim != 4:
             raise UserError(f"images must be [N, C, H, W], got {list(self.images.shape)}")
         if self.lr.ndim or (_may_be_read(self.lr) and not self.lr > 0):
@@ -266,6 +223,8 @@ class _Unroll(NamedTuple):
             raise UserError("batches must hold at least one inner step, got none")
         if len(self.plans) != len(self.batches):
             raise UserError(f"plans must be one an inner step ({len(self.batches)}), got {len(self.plans)}")
+        if not 0 <= self.first < len(self.batches):
+            raise UserError(f"first must be from 0 to below the {len(self.batches)} inner steps, got {self.first}")
         for batch in self.batches:
             if not isinstance(batch, Tensor) or batch.dtype != torch.int64 or batch.ndim != 1 or not len(batch):
                 told = f"{list(batch.shape)} {batch.dtype}" if isinstance(batch, Tensor) else repr(batch)
@@ -273,34 +232,33 @@ class _Unroll(NamedTuple):
         if _may_be_read(self.batches[0]) and not _within(torch.cat(list(self.batches)), len(self.images)):
             raise UserError(f"batches must hold indices from 0 to {len(self.images) - 1} of the images")
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """What an inner step takes besides parameters: the set, the step size, its indices and its plan."""
-        return self.images, self.labels, self.lr, self.batches[step], self.plans[step]
+    def batch(self, step: int) -> Batch:
+        """What an inner step takes beside the student's state."""
+        return Batch(self.images, self.labels, self.lr, self.batches[step], self.plans[step], self.corrections[step])
 
-    def next(self, theta: Tensor, step: int) -> Tensor:
-        arguments = self.step, self.fused, theta, *self.batch(step)
-        return self.graphs(_forward, *arguments).clone() if self.graphs else _forward(*arguments)
+    def next(self, state: Tensor, step: int) -> Tensor:
+        arguments = self.step, self.rule, self.fused, state, *self.batch(step)
+        return self.graphs(forward, *arguments).clone() if self.graphs else forward(*arguments)
 
-    def back(self, theta: Tensor, adjoint: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See :func:`_backward`; with graphs, the next call of one may overwrite the results."""
-        arguments = self.step, self.fused, theta, adjoint, *self.batch(step)
+    def back(self, state: Tensor, adjoint: Tensor, step: int) -> Pulled:
+        """See :data:`ddpp.optimizers.Pulled`; with graphs, the next call of one may overwrite the results."""
+        arguments = self.step, self.rule, self.fused, state, adjoint, *self.batch(step)
         if not self.graphs:
-            return _backward(*arguments)
-        before, *rest = self.graphs(_backward, *arguments)
+            return backward(*arguments)
+        before, *rest = self.graphs(backward, *arguments)
         # Unless a step forward lies between, the next call takes it before anything is overwritten.
         return before if self.checkpoint_every == 1 else before.clone(), *rest
 
-    def match(self, end: Tensor) -> tuple[Tensor, Tensor]:
-        if self.distance is not None:
-            return self.distance(end, self.target, self.start)
-        return masked_match_loss(end, self.target, self.start, self.epsilon, fused=self.fused)
+    def begin(self) -> Tensor:
+        """The state of the student before its first step."""
+        return self.rule.begin(self.step.pack(self.start.detach()))
 
-    def until_nearest(self) -> _Unroll:
+    def until_nearest(self, target: Tensor) -> _Unroll:
         """The same without the inner steps after the one whose parameters are nearest to the target, by L1."""
-        theta, target, distances = self.step.pack(self.start.detach()), self.step.pack(self.target), []
+        state, target, distances = self.begin(), self.step.pack(target), []
         for step in range(len(self.batches)):
-            theta = self.next(theta, step)
-            distances.append((theta - target).abs().sum())
+            state = self.next(state, step)
+            distances.append((self.rule.parameters(state) - target).abs().sum())
         latest_first = torch.stack(distances[::-1]).nan_to_num(nan=torch.inf)
         length = len(distances) - int(latest_first.argmin())
         return self._replace(batches=self.batches[:length], plans=self.plans[:length])
@@ -329,52 +287,133 @@ def matching_gradients(
     distance: Distance | None = None,
     nearest_step: bool = False,
     graphs: Graphs | None = None,
-) -> Matching:
+) -> Gradients:
     """Loss and exact gradients of matching a teacher's trajectory (DDPP, arXiv 2209.14609, equations 1 to 8).
+
+    Args:
+        start: the teacher's parameters, with which the student begins, flat in ``parameters()`` order. [P]
+        target: the teacher's parameters some epochs later. [P]
+        epsilon: DDPP's pruning bound on the ratio of parameters; None prunes nothing (MTT).
+        distance: another distance than DDPP's, from (end, target, start) to (loss, kept); see :mod:`ddpp.pruning`.
+        nearest_step: match after the inner step that is nearest to the target by L1, the later one of equals; the
+            gradient is of the steps up to it (ATT, arXiv 2407.14245).
+
+    All others, results and errors are those of :func:`training_gradients`.
+    """
+    for name, tensor in (("start", start), ("target", target)):
+        _check_tensor(name, tensor)
+    _check_flat("target", target, network)
+    _check_alike("target", target, start)
+    apart = distance or partial(masked_match_loss, epsilon=epsilon, fused=fused)
+    with torch.inference_mode(False):
+        begin, aim = _cut(start), _cut(target)
+    return training_gradients(
+        network,
+        begin,
+        images,
+        labels,
+        lr,
+        batches,
+        plans,
+        lambda end: apart(end, aim, begin),
+        engine,
+        fused=fused,
+        step=step,
+        checkpoint_every=checkpoint_every,
+        nearest_to=aim if nearest_step else None,
+        graphs=graphs,
+    )
+
+
+def training_gradients(
+    network: nn.Module,
+    start: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    lr: Tensor,
+    batches: Sequence[Tensor],
+    plans: Sequence[Tensor] | None,
+    objective: Objective,
+    engine: str = "adjoint",
+    *,
+    optimizer: str = "sgd",
+    first: int = 0,
+    fused: bool = True,
+    step: Step | None = None,
+    checkpoint_every: int = 1,
+    nearest_to: Tensor | None = None,
+    graphs: Graphs | None = None,
+) -> Gradients:
+    """Loss and exact gradients of what a student's training on synthetic images leads to.
 
     Args:
         network: a model; its own parameters are not used.
         start: the student's first parameters, flat in ``parameters()`` order. [P]
-        target: the teacher's parameters some epochs later. [P]
         images: synthetic images, normalised as the real ones. [N, C, H, W]
         labels: class indices [N] int64, or soft labels as logits [N, K] of the images' dtype.
         lr: the student's step size, positive. []
         batches: for each of the J inner steps the indices of its images, without repeats. [n_j] int64
         plans: for each inner step an augmentation plan (:mod:`ddpp.augment`), or None. [n_j, 16]
-        epsilon: DDPP's pruning bound on the ratio of parameters; None prunes nothing (MTT).
-        engine: ``adjoint`` (memory does not grow with J but by the P parameters of a step), ``unrolled``, or ``tesla``,
+        objective: from the student's last parameters [P], in a graph, to the loss [] and a number that tells how much
+            it is of, 0 where there is nothing to learn from.
+        engine: ``adjoint`` (memory does not grow with J but by the parameters of a step), ``unrolled``, or ``tesla``,
             which is not exact.
+        optimizer: ``sgd``, or ``adam`` with its usual constants; see :mod:`ddpp.optimizers`.
+        first: the first inner step that the gradient is of; those before are taken only (RaT-BPTT, arXiv 2311.07025).
         fused: compiled kernels; False is pure PyTorch.
         step: what computes a student step for the ``adjoint`` engine, as :func:`provider` gives it; by default
             the fastest one, or reverse over reverse without ``fused``.
-        checkpoint_every: the ``adjoint`` engine keeps the parameters of every so many steps and computes those between
+        checkpoint_every: the ``adjoint`` engine keeps the state of every so many steps and computes those between
             again, which gives the same bits.
-        distance: another distance than DDPP's, from (end, target, start) to (loss, kept); see :mod:`ddpp.pruning`.
-        nearest_step: match after the inner step that is nearest to the target by L1, the later one of equals; the
-            gradient is of the steps up to it (ATT, arXiv 2407.14245).
+        nearest_to: end after the inner step whose parameters are nearest to these by L1, the later one of equals. [P]
         graphs: holds the ``adjoint`` engine's inner steps as CUDA graphs, from one call to the next; needs ``fused``
             and the same ``step`` at each call.
 
     Returns:
-        First-order quantities without a graph: the loss, its gradients by images, step size and soft labels, the number
-        of parameters kept by the mask, and the student's last parameters. kept = 0 marks a degenerate step.
+        First-order quantities without a graph: the loss, its gradients by images, step size and soft labels, what the
+        objective told beside the loss, and the student's last parameters.
 
     Raises:
-        UserError: shapes, dtypes or the engine's name do not fit, or the network has dropout; on the CPU also labels or
-            indices out of range, and a step size that is not positive.
+        UserError: shapes, dtypes or the name of engine or optimizer do not fit, or the network has dropout; on the CPU
+            also labels or indices out of range, and a step size that is not positive.
     """
-    if engine not in ENGINES:
-        raise UserError(f"unknown engine {engine!r}{nearest(engine, ENGINES)} Known: {', '.join(ENGINES)}")
-    for name, tensor in (("start", start), ("target", target), ("images", images), ("labels", labels), ("lr", lr)):
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{name} must be a tensor, got {type(tensor).__name__}; give torch.tensor(...)")
+    _check_name("engine", engine, ENGINES)
+    _check_name("optimizer", optimizer, OPTIMIZERS)
+    if engine == "tesla" and optimizer != "sgd":
+        raise UserError(f"engine 'tesla' is an approximation for SGD, got it with optimizer {optimizer!r}")
+    for name, tensor in (("start", start), ("images", images), ("labels", labels), ("lr", lr)):
+        _check_tensor(name, tensor)
+    rule, drawn = OPTIMIZERS[optimizer], [None] * len(batches) if plans is None else plans
     step = (step or provider(network, "auto" if fused else "autograd")).on(start.device)
-    drawn = [None] * len(batches) if plans is None else plans
     with torch.inference_mode(False), torch.enable_grad():  # also where the caller records nothing
-        given = _cut(start), _cut(target), _cut(images), _cut(labels), _cut(lr), batches, drawn
-        u = _Unroll(network, *given, epsilon, fused, step, checkpoint_every, distance, graphs)
+        given = _cut(start), _cut(images), _cut(labels), _cut(lr), batches, drawn
+        corrections = rule.corrections(len(batches), start)
+        u = _Unroll(network, *given, objective, fused, step, rule, corrections, first, checkpoint_every, graphs)
         u.check()
-        return ENGINES[engine](u.until_nearest() if nearest_step else u)
+        return ENGINES[engine](u if nearest_to is None else u.until_nearest(nearest_to))
+
+
+def _check_name(what: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise UserError(f"unknown {what} {name!r}{nearest(name, known)} Known: {', '.join(known)}")
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise UserError(f"{name} must be a tensor, got {type(value).__name__}; give torch.tensor(...)")
+
+
+def _check_flat(name: str, vector: Tensor, network: nn.Module) -> None:
+    parameters = sum(p.numel() for p in network.parameters())
+    if vector.shape != (parameters,):
+        raise UserError(f"{name} must be flat with the network's {parameters} parameters, got {tuple(vector.shape)}")
+
+
+def _check_alike(name: str, tensor: Tensor, start: Tensor) -> None:
+    if tensor.dtype != start.dtype or tensor.device != start.device:
+        raise UserError(
+            f"{name} must be {start.dtype} on {start.device} like start, got {tensor.dtype} on {tensor.device}"
+        )
 
 
 def _cut(tensor: Tensor) -> Tensor:
@@ -382,48 +421,52 @@ def _cut(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def _unrolled(u: _Unroll) -> Matching:
+def _unrolled(u: _Unroll) -> Gradients:
     (images, labels), lr = u.leaves(), u.lr.detach().requires_grad_()
-    theta = u.start.detach().requires_grad_()
-    for step, batch in enumerate(u.batches):
-        loss = _cross_entropy(u.network, theta, _augmented(images[batch], u.plans[step], u.fused), labels[batch])
-        theta = theta - lr * grad(loss, theta, create_graph=True)[0]
-    loss, kept = u.match(theta)
+    state = u.rule.begin(u.start.detach().requires_grad_())
+    for number, batch in enumerate(u.batches):
+        recorded, theta = number >= u.first, u.rule.parameters(state)
+        seen = augmented(images[batch], u.plans[number], u.fused)
+        gradient = grad(_cross_entropy(u.network, theta, seen, labels[batch]), theta, create_graph=recorded)[0]
+        state = u.rule.move(state, gradient, lr, u.corrections[number])
+        state = state if recorded else state.detach().requires_grad_()
+    end = u.rule.parameters(state)
+    loss, kept = u.objective(end)
     d_lr, d_images, *d_labels = grad(loss, [lr, *_learned(images, labels)])
-    return Matching(loss.detach(), d_images, d_lr, d_labels[0] if d_labels else None, kept, theta.detach())
+    return Gradients(loss.detach(), d_images, d_lr, d_labels[0] if d_labels else None, kept, end.detach())
 
 
-def _adjoint(u: _Unroll, *, exact: bool = True) -> Matching:
-    theta, checkpoints = u.step.pack(u.start.detach()), []
-    for step in range(len(u.batches)):
-        if step % u.checkpoint_every == 0:
-            checkpoints.append(theta)
-        theta = u.next(theta, step)
-    end = u.step.unpack(theta).requires_grad_()
-    loss, kept = u.match(end)
-    adjoint = u.step.pack(grad(loss, end)[0])  # [P]
+def _adjoint(u: _Unroll, *, exact: bool = True) -> Gradients:
+    state, checkpoints = u.begin(), []
+    for number in range(len(u.batches)):
+        if number >= u.first and (number - u.first) % u.checkpoint_every == 0:
+            checkpoints.append(state)
+        state = u.next(state, number)
+    end = u.step.unpack(u.rule.parameters(state)).requires_grad_()
+    loss, kept = u.objective(end)
+    adjoint = u.rule.begin(u.step.pack(grad(loss, end)[0]))
 
     d_lr = torch.zeros_like(u.lr)
     d_images, d_labels = torch.zeros_like(u.images), torch.zeros_like(u.labels)
-    for step, theta in _backwards(u, checkpoints):
-        before, of_images, phi, of_labels = u.back(theta, adjoint, step)
-        d_images.index_add_(0, u.batches[step], of_images, alpha=-1)
+    for number, state in _backwards(u, checkpoints):
+        before, of_images, of_lr, of_labels = u.back(state, adjoint, number)
+        d_images.index_add_(0, u.batches[number], of_images, alpha=-1)
         if of_labels is not None:
-            d_labels.index_add_(0, u.batches[step], of_labels, alpha=-1)
-        d_lr -= phi
+            d_labels.index_add_(0, u.batches[number], of_labels, alpha=-1)
+        d_lr -= of_lr
         if exact:
             adjoint = before
     learned = d_labels if u.labels.is_floating_point() else None
-    return Matching(loss.detach(), d_images, d_lr, learned, kept, end.detach())
+    return Gradients(loss.detach(), d_images, d_lr, learned, kept, end.detach())
 
 
 def _backwards(u: _Unroll, checkpoints: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """The steps from the last to the first with the parameters they began at, computed from the checkpoint before."""
+    """The steps of the gradient from the last on, with the state they began at, computed from the checkpoint before."""
     while checkpoints:
         states = [checkpoints.pop()]
-        first = len(checkpoints) * u.checkpoint_every
-        for step in range(first, min(first + u.checkpoint_every, len(u.batches)) - 1):
-            states.append(u.next(states[-1], step))
+        first = u.first + len(checkpoints) * u.checkpoint_every
+        for number in range(first, min(first + u.checkpoint_every, len(u.batches)) - 1):
+            states.append(u.next(states[-1], number))
         while states:
             yield first + len(states) - 1, states.pop()
 
@@ -432,7 +475,7 @@ def _learned(*leaves: Tensor) -> list[Tensor]:
     return [t for t in leaves if t.requires_grad]
 
 
-ENGINES: dict[str, Callable[[_Unroll], Matching]] = {
+ENGINES: dict[str, Callable[[_Unroll], Gradients]] = {
     "adjoint": _adjoint,
     "unrolled": _unrolled,
     "tesla": partial(_adjoint, exact=False),

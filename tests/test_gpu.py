@@ -332,10 +332,12 @@ def test_nobody_waits_within_an_unroll(name: str, soft: bool, monkeypatch: pytes
         matching_gradients(**p, step=step, checkpoint_every=2)
 
 
-@pytest.mark.parametrize("name", ["dc", "dsa", "dm"])
+@pytest.mark.parametrize("name", ["bptt", "dc", "dsa", "dm"])
 def test_nobody_waits_within_an_outer_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of methods that look at real images; cafe asks for an accuracy after each epoch, and kip tells its own."""
-    settings = Config(model=ModelConfig(width=8), distill=DistillConfig(real_batch=8, loops=2))
+    settings = Config(
+        model=ModelConfig(width=8), distill=DistillConfig(real_batch=8, loops=2, inner_steps=3, inner_optimizer="adam")
+    )
     dataset = data.load(settings.data)
     network = models.build(settings.model, dataset.shape, 10, seed=0)
     groups = augment.groups_for("auto", dataset.strategy)

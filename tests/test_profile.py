@@ -15,7 +15,7 @@ from ddpp.config import Config, DistillConfig, ModelConfig
 from ddpp.gpu import Graphs
 from ddpp.ops import convnet
 from ddpp.ops._library import implementation
-from ddpp.unroll import Matching, matching_gradients
+from ddpp.unroll import Gradients, matching_gradients
 
 CPU = torch.device("cpu")
 TOY = ["--width", "8", "--inner-steps", "3", "--threads", "1"]
@@ -74,7 +74,7 @@ def test_inner_steps_may_be_replayed_where_nothing_watches() -> None:
 def test_the_step_is_the_one_that_distil_takes(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def watch(*args: Any, **kwargs: Any) -> Matching:
+    def watch(*args: Any, **kwargs: Any) -> Gradients:
         seen.update(kwargs, images=args[3], labels=args[4])
         return matching_gradients(*args, **kwargs)
 

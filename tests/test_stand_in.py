@@ -39,6 +39,8 @@ MOVED = {
     "unrolled": "--method ddpp --engine unrolled --prune lowest",
     "frequencies": "--method ddpp --parameterization frequencies --images-in-one 4 --ema 0.9",
     "multiformation": "--method dm --parameterization multiformation --images-in-one 4",
+    "bptt": "--method bptt --student-steps 5 --labels soft",
+    "bptt by Adam": "--method bptt --inner-optimizer adam --step-size 0.001 --keep-every 2",
     "dc": "--method dc",
     "dsa": "--method dsa --ipc 2",
     "dm": "--method dm",

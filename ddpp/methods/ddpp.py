@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpp import augment, pruning, seeds
+from ddpp import pruning, seeds
 from ddpp.config import Config, DistillConfig
 from ddpp.errors import UserError
 from ddpp.gpu import graphs_for, send
 from ddpp.methods import METHODS, Memory, Problem, Update
+from ddpp.methods._students import draw_batches, draw_plans
 from ddpp.models import flat
 from ddpp.pruning import Importance
 from ddpp.synthetic import Synthetic
@@ -76,7 +77,7 @@ class DDPP:
         settings, problem = self.problem.config.distill, self.problem
         index, epoch = self._draw_start(step)
         start, target = problem.teachers[index].rows(epoch, epoch + settings.teacher_span)
-        batches = self._draw_batches(len(synthetic.images), step)
+        batches = draw_batches(problem, len(synthetic.images), settings.inner_steps, step)
         importance = self._importance(start, memory)
         result = matching_gradients(
             problem.network,
@@ -86,7 +87,7 @@ class DDPP:
             synthetic.labels,
             synthetic.step_size,
             batches,
-            self._draw_plans([len(b) for b in batches], synthetic.images, step),
+            draw_plans(problem, [len(b) for b in batches], step),
             engine=settings.engine,
             fused=problem.config.run.use_fused_kernels,
             step=self.step,
@@ -117,30 +118,6 @@ class DDPP:
         low, bound = self.problem.config.distill.min_start_epoch, start_bound(self.problem.config.distill, step)
         epoch = torch.randint(low, bound, (), generator=seeds.generator(seed, "start epoch", step))
         return int(order[step % count]), int(epoch)
-
-    def _draw_batches(self, images: int, step: int) -> list[Tensor]:
-        """J batches that pass through fresh permutations of the set, of each the shorter one first (as MTT's code)."""
-        settings = self.problem.config.distill
-        draw = seeds.generator(self.problem.config.run.seed, "batches", step)
-        batches: list[Tensor] = []
-        while len(batches) < settings.inner_steps:
-            batches += reversed(torch.randperm(images, generator=draw).split(settings.batch or images))
-        batches = batches[: settings.inner_steps]
-        return list(send(torch.cat(batches), self.problem.device).split([len(b) for b in batches]))
-
-    def _draw_plans(self, sizes: list[int], images: Tensor, step: int) -> list[Tensor] | None:
-        if not self.problem.groups:
-            return None
-        plans = augment.draw(
-            len(sizes),
-            max(sizes),
-            *images.shape[2:],
-            groups=self.problem.groups,
-            mode=self.problem.config.augment.mode,
-            generator=seeds.generator(self.problem.config.run.seed, "augment", step),
-        )
-        on_device = send(plans, self.problem.device)
-        return [plan[:size] for plan, size in zip(on_device, sizes, strict=True)]
 
 
 def start_bound(settings: DistillConfig, step: int) -> int:
