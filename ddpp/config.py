@@ -117,6 +117,11 @@ class DistillConfig:
     lr_step_size: float = option(3e-5, "Learning rate of the student's step size.", low=0)
     step_size: float = option(0.02, "First value of the learned step size.", low=1e-12)
     momentum: float = option(0.5, "Momentum of pixels and step size.", low=0, high=1)
+    optimizer: str = option(
+        "sgd",
+        "Outer steps by SGD with momentum, or by Adam, whose first decay is --momentum.",
+        choices=("sgd", "adam"),
+    )
     batch: int | None = option(None, "Synthetic images in an inner step; by default all.", low=1)
     init: str = option(
         "real",

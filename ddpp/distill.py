@@ -1,7 +1,8 @@
 """STAGE 2: distils a data set into a few synthetic images a class, evaluates them and reports.
 
 ``python -m ddpp.distill`` trains teachers first where they are missing. The loop is the same for every method: the
-method gives gradients, SGD with momentum moves pixels and step size, and a step that is not finite is undone.
+method gives gradients, SGD with momentum or Adam moves pixels and soft labels, SGD with momentum the step size, and a
+step that is not finite is undone.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +36,28 @@ _OF_TRAJECTORIES = ("prune", "lr_importance", "nearest_step", "engine", "min_sta
 SMALLEST_STEP_SIZE = 1e-3  # of the first one
 
 
+class _Moving(NamedTuple):
+    """A tensor that outer steps move; all of one shape."""
+
+    value: Tensor
+    velocity: Tensor  # of SGD with momentum, or Adam's first moment
+    squares: Tensor | None = None  # Adam's second moment, from the first step on
+
+
+def _sgd(moving: _Moving, gradient: Tensor, lr: float, momentum: float) -> _Moving:
+    velocity = momentum * moving.velocity + gradient
+    return _Moving(moving.value - lr * velocity, velocity)
+
+
+def _adam(moving: _Moving, gradient: Tensor, lr: float, momentum: float, step: int) -> _Moving:
+    """A step, counted from 1, of Adam (arXiv 1412.6980) with decays ``momentum`` and 0.999, and epsilon 1e-8."""
+    before = torch.zeros_like(gradient) if moving.squares is None else moving.squares
+    velocity = momentum * moving.velocity + (1 - momentum) * gradient
+    squares = 0.999 * before + (1 - 0.999) * gradient.square()
+    scale = (squares / (1 - 0.999**step)).sqrt() + 1e-8
+    return _Moving(moving.value - lr / (1 - momentum**step) * velocity / scale, velocity, squares)
+
+
 @dataclass(frozen=True)
 class State:
     """All that an outer step changes; what a checkpoint holds."""
@@ -41,10 +65,12 @@ class State:
     step: int
     synthetic: Synthetic  # its images are those of the numbers
     numbers: Tensor  # what is learned of the images, the pixels by default; see ddpp.parameterization
-    numbers_velocity: Tensor  # as the numbers
-    labels_velocity: Tensor  # as the labels
+    numbers_velocity: Tensor  # as the numbers; of Adam, the first moment
+    labels_velocity: Tensor  # as the labels; the same
     step_size_velocity: Tensor  # []
     space: Parameterization = PIXELS
+    numbers_squares: Tensor | None = None  # as the numbers: Adam's second moment
+    labels_squares: Tensor | None = None  # as the labels: the same
     average: Tensor | None = None  # of the numbers over the steps, with --ema
     memory: Memory = field(default_factory=dict)
     undone: int = 0
@@ -71,29 +97,31 @@ class State:
         return held if self.average is None else replace(held, images=self.space.decode(self.average))
 
     def moved(self, update: Update, settings: DistillConfig) -> State:
-        """One step of SGD with momentum on pixels or other numbers, step size and soft labels.
+        """One step on pixels or other numbers and on soft labels, and one of SGD with momentum on the step size.
 
         The step size stays above a thousandth of its first value.
         """
-        now, momentum = self.synthetic, settings.momentum
-        numbers_velocity = momentum * self.numbers_velocity + self.space.pull_back(update.images)
-        step_size_velocity = momentum * self.step_size_velocity + update.step_size
-        numbers = self.numbers - settings.lr_pixels * numbers_velocity
-        step_size = now.step_size - settings.lr_step_size * step_size_velocity
-        floor = settings.step_size * SMALLEST_STEP_SIZE
-        labels, labels_velocity = now.labels, self.labels_velocity
+        now, taken = self.synthetic, self.step - self.undone - self.skipped
+        stepped = partial(_adam, step=taken + 1) if settings.optimizer == "adam" else _sgd
+        numbers = _Moving(self.numbers, self.numbers_velocity, self.numbers_squares)
+        numbers = stepped(numbers, self.space.pull_back(update.images), settings.lr_pixels, settings.momentum)
+        labels = _Moving(now.labels, self.labels_velocity, self.labels_squares)
         if update.labels is not None:
-            labels_velocity = settings.labels_momentum * labels_velocity + update.labels
-            labels = labels - settings.lr_labels * labels_velocity
+            labels = stepped(labels, update.labels, settings.lr_labels, settings.labels_momentum)
+        step_size = _Moving(now.step_size, self.step_size_velocity)
+        step_size = _sgd(step_size, update.step_size, settings.lr_step_size, settings.momentum)
+        floor = settings.step_size * SMALLEST_STEP_SIZE
         return replace(
             self,
             step=self.step + 1,
-            synthetic=Synthetic(self.space.decode(numbers), labels, step_size.clamp_min(floor)),
-            numbers=numbers,
-            average=torch.lerp(numbers, self.learned, settings.ema) if settings.ema else None,
-            numbers_velocity=numbers_velocity,
-            labels_velocity=labels_velocity,
-            step_size_velocity=torch.where(step_size > floor, step_size_velocity, 0),
+            synthetic=Synthetic(self.space.decode(numbers.value), labels.value, step_size.value.clamp_min(floor)),
+            numbers=numbers.value,
+            numbers_velocity=numbers.velocity,
+            numbers_squares=numbers.squares,
+            labels_velocity=labels.velocity,
+            labels_squares=labels.squares,
+            step_size_velocity=torch.where(step_size.value > floor, step_size.velocity, 0),
+            average=torch.lerp(numbers.value, self.learned, settings.ema) if settings.ema else None,
             memory=update.memory,
             undone_in_a_row=0,
         )
@@ -111,7 +139,12 @@ class State:
             "labels_velocity": self.labels_velocity,
             "step_size_velocity": self.step_size_velocity,
         } | {_MEMORY + name: t for name, t in self.memory.items()}
-        return held if self.average is None else held | {"average": self.average}
+        optional = {
+            "numbers_squares": self.numbers_squares,
+            "labels_squares": self.labels_squares,
+            "average": self.average,
+        }
+        return held | {name: t for name, t in optional.items() if t is not None}
 
     def save(self, path: Path) -> None:
         tensors = self._tensors() | {_MEMORY + name: t.clone() for name, t in self.memory.items()}  # may share theirs
@@ -134,6 +167,8 @@ class State:
             space=space,
             labels_velocity=tensors["labels_velocity"],
             step_size_velocity=tensors["step_size_velocity"],
+            numbers_squares=tensors.get("numbers_squares"),
+            labels_squares=tensors.get("labels_squares"),
             average=tensors.get("average"),
             memory=_beginning(tensors, _MEMORY),
             **counters,
@@ -316,6 +351,9 @@ def _check(config: Config, method: type[Method] | type[Selection]) -> None:
             raise UserError(
                 f"{option} needs a method that matches trajectories (ddpp, mtt), and {settings.method} does not"
             )
+    for name in ("momentum", "labels_momentum"):
+        if settings.optimizer == "adam" and getattr(settings, name) == 1:
+            raise UserError(f"--optimizer adam needs a --{name.replace('_', '-')} below 1, got 1; give 0.9")
     if settings.init == "correct" and not method.needs_teachers:
         raise UserError(f"--init correct asks teachers, and method {settings.method} has none; give --init real")
     if check := getattr(method, "check", None):  # one of a plugin may do without

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpp import config, data, distill, models, seeds, synthetic, teachers, training
+from ddpp import config, data, distill, models, runs, seeds, synthetic, teachers, training
 from ddpp.config import Config, DistillConfig, ModelConfig, TeachersConfig
 from ddpp.errors import UserError
 from ddpp.methods import Update
@@ -53,6 +53,50 @@ def test_the_result_is_the_average_over_the_steps(tmp_path: Path) -> None:
     again = distill.State.load(tmp_path / "state", torch.device("cpu"))
     assert torch.equal(again.result.images, moved.result.images)
     assert torch.equal(state().result.images, state().synthetic.images)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_adam_is_pytorchs_over_the_steps_that_are_taken(momentum: float, tmp_path: Path) -> None:
+    """One is undone and one skipped between them; the state is saved and loaded after each."""
+    settings = DistillConfig(
+        optimizer="adam", lr_pixels=0.3, momentum=momentum, lr_labels=0.1, labels_momentum=0.8, max_loss=1.0
+    )
+    drawn, found = seeds.generator(0, "gradients"), state()
+    images, labels = (nn.Parameter(t.clone()) for t in (found.numbers, found.synthetic.labels))
+    rates = {"lr": 0.3, "betas": (momentum, 0.999)}, {"lr": 0.1, "betas": (0.8, 0.999)}
+    wanted = torch.optim.Adam([{"params": p, **rate} for p, rate in zip((images, labels), rates, strict=True)])
+    for loss in (0.5, 0.5, float("nan"), 0.5, 2.0, 0.5, 0.5):
+        gradients = torch.randn(2, 1, 4, 4, generator=drawn), torch.randn(2, 3, generator=drawn)
+        given = Update(torch.tensor(loss), gradients[0], torch.ones(()), torch.ones(()), {}, gradients[1])
+        method = type("Fixed", (), {"update": lambda self, *_, given=given: given})()
+        found, row = distill.outer_step(found, method, settings)
+        if row["outcome"] == "taken":
+            images.grad, labels.grad = gradients
+            wanted.step()
+        torch.testing.assert_close(found.numbers, images.detach())
+        torch.testing.assert_close(found.synthetic.labels, labels.detach())
+        found.save(tmp_path / "state")
+        found = distill.State.load(tmp_path / "state", torch.device("cpu"))
+    assert (found.step, found.undone, found.skipped) == (7, 1, 1)
+    velocity = 0.0
+    for _ in range(5):
+        velocity = momentum * velocity + 1
+    assert float(found.step_size_velocity) == pytest.approx(velocity)  # of SGD
+
+
+def test_a_checkpoint_holds_what_its_optimizer_needs(tmp_path: Path) -> None:
+    names = {}
+    for optimizer in ("sgd", "adam"):
+        state().moved(update(1.0), DistillConfig(optimizer=optimizer)).save(tmp_path / optimizer)
+        names[optimizer] = set(runs.read_tensors(tmp_path / optimizer, "checkpoint")[0])
+    velocities = {f"{name}_velocity" for name in ("numbers", "labels", "step_size")}
+    assert names["sgd"] == {"numbers", "labels", "step_size"} | velocities
+    assert names["adam"] == names["sgd"] | {"numbers_squares", "labels_squares"}
+
+
+def test_a_square_that_overflows_is_not_finite() -> None:
+    settings = DistillConfig(optimizer="adam")
+    assert state().moved(update(1e10), settings).finite() and not state().moved(update(1e30), settings).finite()
 
 
 def test_the_window_of_starts_grows() -> None:
@@ -159,8 +203,9 @@ def test_flat_minima_on_a_quadratic() -> None:
         ["--prune", "lowest", "--ema", "0.9", "--nearest-step"],
         ["--prune", "depth", "--engine", "tesla", "--teachers-sharpness-radius", "0.01"],
         ["--lr-importance", "0.01"],
+        ["--optimizer", "adam", "--lr-pixels", "0.1", "--labels", "soft", "--lr-labels", "0.1", "--ema", "0.9"],
     ],
-    ids=["datm", "pad-ftd-att", "tesla", "iadd"],
+    ids=["datm", "pad-ftd-att", "tesla", "iadd", "adam"],
 )
 def test_the_whole_job_and_a_resumed_one_give_the_same_bytes(more: list[str], tmp_path: Path) -> None:
     argv = [*TOY, *more, "--teachers-folder", str(tmp_path / "teachers")]
@@ -188,6 +233,7 @@ def test_the_whole_job_and_a_resumed_one_give_the_same_bytes(more: list[str], tm
         ),
         (["--method", "kip", "--nearest-step"], "--nearest-step True needs a method that matches trajectories"),
         (["--min-start-epoch", "5"], "start epochs are drawn from --min-start-epoch 5"),
+        (["--optimizer", "adam", "--momentum", "1"], "--optimizer adam needs a --momentum below 1, got 1; give 0.9"),
         (["--first-max-start-epoch", "6"], "start epochs are drawn from --min-start-epoch 0"),
     ],
 )

@@ -358,8 +358,9 @@ def test_nobody_waits_when_pixels_move() -> None:
     held = Synthetic(torch.zeros(2, 1, 4, 4), torch.zeros(2, 3), torch.tensor(0.02))
     update = Update(torch.ones(()), torch.ones(2, 1, 4, 4), torch.ones(()), torch.ones(()), {}, torch.ones(2, 3))
     state = distill.State.begin(held)
-    with NobodyWaits():
-        assert state.moved(update, DistillConfig(ema=0.5)).finite().dtype == torch.bool
+    for optimizer in ("sgd", "adam"):
+        with NobodyWaits():
+            assert state.moved(update, DistillConfig(ema=0.5, optimizer=optimizer)).finite().dtype == torch.bool
 
 
 def trained(device: str, recipe: training.Recipe, graphs: Callable[[], Graphs] | None) -> Tensor:

@@ -33,6 +33,7 @@ TOY = [
 MOVED = {
     "ddpp": "--method ddpp",
     "options": "--method ddpp --prune depth --lr-importance 0.01 --ema 0.9 --nearest-step --keep-every 2",
+    "adam": "--method mtt --labels soft --optimizer adam --lr-pixels 0.01 --lr-labels 0.01",
     "soft labels": "--method mtt --labels soft --max-loss 1000 --first-max-start-epoch 1",
     "tesla": "--method ddpp --engine tesla --prune difference --ipc 2",
     "pure PyTorch": "--method ddpp --no-use-fused-kernels",
