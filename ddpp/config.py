@@ -235,8 +235,14 @@ class EvaluateConfig:
     networks: int = option(5, "Networks trained from scratch for each figure.", low=1)
     epochs: int = option(300, "Epochs on the synthetic images; the rate falls to a tenth halfway.", low=1)
     lr: float | None = option(None, "Learning rate; by default the learned step size.", low=0)
+    optimizer: str = option(
+        "sgd",
+        "Optimiser of the networks on synthetic and random real images; networks on all real images always train by "
+        "SGD.",
+        choices=("sgd", "adam"),
+    )
     momentum: float = option(0.9, "Momentum of SGD.", low=0, high=1)
-    weight_decay: float = option(5e-4, "Weight decay of SGD.", low=0)
+    weight_decay: float = option(5e-4, "Weight decay of SGD and Adam.", low=0)
     batch: int = option(256, "Images in a batch.", low=1)
     full_epochs: int = option(30, "Epochs on all real images for the upper bound; 0 leaves it out.", low=0)
     full_lr: float = option(0.01, "Learning rate on all real images.", low=0)

@@ -94,7 +94,15 @@ def _real(
 def _recipe(config: Config, step_size: float) -> Recipe:
     settings = config.evaluate
     lr = settings.lr if settings.lr is not None else step_size
-    return Recipe(settings.epochs, lr, settings.momentum, settings.weight_decay, settings.batch, decay=True)
+    return Recipe(
+        settings.epochs,
+        lr,
+        settings.momentum,
+        settings.weight_decay,
+        settings.batch,
+        decay=True,
+        optimizer=settings.optimizer,
+    )
 
 
 def _network(

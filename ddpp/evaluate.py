@@ -167,7 +167,7 @@ class Evaluation:
     def full(self, model: str) -> list[Scores]:
         """All real training images."""
         settings = self.config.evaluate
-        recipe = self._recipe(settings.full_epochs, settings.full_lr)
+        recipe = replace(self._recipe(settings.full_epochs, settings.full_lr), optimizer="sgd")
         images, labels = self.dataset.train_images, self.dataset.train_labels
         return self.networks([(model, images, labels, recipe, "full", n) for n in range(settings.networks)])
 
@@ -185,6 +185,7 @@ class Evaluation:
             weight_decay=settings.weight_decay,
             batch=settings.batch,
             decay=True,
+            optimizer=settings.optimizer,
         )
 
 

@@ -73,8 +73,10 @@ def search(
     random = synthetic.real_images(dataset, config.distill.ipc, "search", seed=config.run.seed)
     settings = config.evaluate
     lr = settings.lr if settings.lr is not None else float(distilled.step_size)
-    few = Recipe(settings.epochs, lr, settings.momentum, settings.weight_decay, settings.batch, decay=True)
-    many = replace(few, epochs=settings.full_epochs, lr=settings.full_lr)
+    many = Recipe(
+        settings.full_epochs, settings.full_lr, settings.momentum, settings.weight_decay, settings.batch, decay=True
+    )
+    few = replace(many, epochs=settings.epochs, lr=lr, optimizer=settings.optimizer)
     sets: dict[str, tuple[Tensor | Images, Tensor, Recipe]] = {
         "distilled": (distilled.images, distilled.labels, few),
         "random": (random.images, random.labels, few),
@@ -150,7 +152,7 @@ def _summary(done: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _protocol(settings: Any) -> dict[str, Any]:
-    names = ("epochs", "lr", "momentum", "weight_decay", "batch", "full_epochs", "full_lr")
+    names = ("epochs", "lr", "optimizer", "momentum", "weight_decay", "batch", "full_epochs", "full_lr")
     return {name: getattr(settings, name) for name in names}
 
 

@@ -26,7 +26,7 @@ _ALWAYS = {"data.dataset", "distill.ipc", "model.model", "evaluate.epochs", "eva
 _ELSEWHERE = {"distill.method", *(f"evaluate.{name}" for name in ("models", "augmentations", "networks", "select"))}
 # Options of an evaluation that networks on real images are trained by.
 _ON_REAL = ("networks", "momentum", "weight_decay", "batch")
-_ON_RANDOM = {"distill.ipc", *(f"evaluate.{name}" for name in (*_ON_REAL, "epochs", "lr"))}
+_ON_RANDOM = {"distill.ipc", *(f"evaluate.{name}" for name in (*_ON_REAL, "epochs", "lr", "optimizer"))}
 _ON_FULL = {f"evaluate.{name}" for name in (*_ON_REAL, "full_epochs", "full_lr")}
 
 Options = dict[str, Any]  # by section.name

@@ -166,8 +166,9 @@ def _recipe(config: Config) -> Recipe:
 
 
 def _recipe_by_name(config: Config) -> dict[str, Any]:
-    """The sharpness stands there only where it is searched, so that older teachers still fit."""
+    """So that older teachers still fit, the sharpness stands there only where it is searched, the optimiser never."""
     recipe = asdict(_recipe(config))
+    del recipe["optimizer"]
     flat_minima = config.teachers.sharpness_radius > 0
     return {name: value for name, value in recipe.items() if flat_minima or not name.startswith("sharpness")}
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ddpp import augment, seeds
 from ddpp.config import RunConfig
@@ -27,15 +28,17 @@ _STEPS_DRAWN_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained by SGD.
+    """How a network is trained.
 
     Attributes:
         epochs: passes over the images.
-        decay: once, after epoch ``epochs // 2 + 1`` counted from 0, the rate falls to a tenth and momentum
-            begins at 0. Source: the published code of Cazenavette et al. (arXiv 2203.11932).
+        momentum: of SGD alone; Adam has its usual decays, 0.9 and 0.999.
+        decay: once, after epoch ``epochs // 2 + 1`` counted from 0, the rate falls to a tenth and momentum, or what
+            Adam keeps, begins at 0. Source: the published code of Cazenavette et al. (arXiv 2203.11932).
         sharpness_radius: of the adaptive ball in which GSAM (arXiv 2203.08065) looks for the worst parameters, as FTD's
             teachers do (arXiv 2211.11004); 0 is plain SGD.
         sharpness_weight: of GSAM's surrogate gap.
+        optimizer: ``"sgd"`` or ``"adam"`` (arXiv 1412.6980).
     """
 
     epochs: int
@@ -46,6 +49,7 @@ class Recipe:
     decay: bool = False
     sharpness_radius: float = 0.0
     sharpness_weight: float = 0.0
+    optimizer: str = "sgd"
 
     def rate(self, epoch: int) -> float:
         """The learning rate in an epoch, counted from 0."""
@@ -81,7 +85,7 @@ class Standing(NamedTuple):
     """Where a training stands after an epoch: beside the network, all that it goes on from."""
 
     epochs: int = 0  # that are done
-    velocity: Tensor | None = None  # of SGD with momentum, after the first step. [P]
+    velocity: Tensor | None = None  # of SGD with momentum, after the first step; None with Adam. [P]
 
 
 BEGINNING = Standing()
@@ -110,7 +114,7 @@ def fit(
             -sum softmax(labels) log_softmax(outputs), as in DATM (arXiv 2310.05773).
         groups: augmentation groups, none for no augmentation.
         mode: ``"one"`` group a batch, or ``"all"`` of them.
-        start: where an earlier training of this network stood; the rest of it gives the same bytes as the whole.
+        start: where an earlier training of this network by SGD stood; the rest of it gives the same bytes as the whole.
         on_step: called after each update with the number of its images.
         on_epoch: called after each epoch.
 
@@ -126,11 +130,11 @@ def fit(
     kind = next(model.parameters()).dtype if labels.is_floating_point() else labels.dtype
     images, labels = images.to(device), labels.to(device, kind)
     gradients = _gradients(model, backend)
-    optimizer = _sgd(gradients.parameters, recipe, recipe.rate(start.epochs))
+    optimizer = _optimizer(gradients.parameters, recipe, recipe.rate(start.epochs))
     _set_velocity(optimizer, gradients.parameters, start.velocity)
     for epoch, batches in _epochs(images.shape, recipe, seed, device, groups, mode, start.epochs):
         if recipe.rate(epoch) != recipe.rate(epoch - 1):
-            optimizer = _sgd(gradients.parameters, recipe, recipe.rate(epoch))
+            optimizer = _optimizer(gradients.parameters, recipe, recipe.rate(epoch))
         for chosen, plan in batches:
             batch = images[chosen] if plan is None else dsa_augment(images[chosen], plan, fused=backend.fused)
             gradients.set(batch, labels[chosen])
@@ -251,18 +255,20 @@ def accuracy(
     return 100 * int(right) / len(labels)
 
 
-def _sgd(parameters: list[nn.Parameter], recipe: Recipe, lr: float) -> torch.optim.SGD:
+def _optimizer(parameters: list[nn.Parameter], recipe: Recipe, lr: float) -> Optimizer:
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.SGD(parameters, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
 
 
-def _set_velocity(optimizer: torch.optim.SGD, parameters: list[nn.Parameter], velocity: Tensor | None) -> None:
+def _set_velocity(optimizer: Optimizer, parameters: list[nn.Parameter], velocity: Tensor | None) -> None:
     if velocity is not None:
         parts = velocity.split([p.numel() for p in parameters])
         for p, part in zip(parameters, parts, strict=True):
             optimizer.state[p]["momentum_buffer"] = part.view_as(p).to(p, copy=True)
 
 
-def _velocity(optimizer: torch.optim.SGD, parameters: list[nn.Parameter]) -> Tensor | None:
+def _velocity(optimizer: Optimizer, parameters: list[nn.Parameter]) -> Tensor | None:
     """Of all parameters; of those that never had a gradient it is 0."""
     parts = [optimizer.state[p].get("momentum_buffer") for p in parameters]
     if all(part is None for part in parts):

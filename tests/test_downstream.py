@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ddpp import cli, compare, continual, data, distill, evaluate, runs, scores, search, synthetic
+from ddpp import cli, compare, continual, data, distill, evaluate, runs, scores, search, synthetic, training
 from ddpp.config import Config
 from ddpp.errors import UserError
 
@@ -198,6 +198,7 @@ def test_the_score_is_of_an_architecture_that_all_runs_share(finished: Path, tmp
     [
         ("distill", "ipc", 10, "1 and 10 images per class"),
         ("evaluate", "epochs", 7, "evaluate.epochs is 3 and 7"),
+        ("evaluate", "optimizer", "adam", "evaluate.optimizer is 'sgd' and 'adam'"),
         ("run", "seed", 5, "paired by seed"),
     ],
 )
@@ -334,6 +335,47 @@ def test_a_search_ranks_and_goes_on_where_it_was_cut(
     assert "depth" in capsys.readouterr().err
     assert search.main([str(finished), "--widths", "0"]) == 2
     assert "a network of the grid: model.width must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_adam_trains_on_few_images_and_sgd_on_all(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all images, continual trains the network that herding selects by."""
+    fit, seen = training.fit, set()
+
+    def noted(network: Any, images: Any, labels: Any, recipe: training.Recipe, *rest: Any, **options: Any) -> bool:
+        seen.add((len(images) > 100, recipe.optimizer))
+        return fit(network, images, labels, recipe, *rest, **options)
+
+    monkeypatch.setattr(training, "fit", noted)
+    argv = [str(finished), "--optimizer", "adam", "--epochs", "1", "--threads", "1"]
+    full, grid = ["--full-epochs", "1"], ["--widths", "4", "--depths", "1", "--activation", "relu"]
+    for stage, options in (
+        (evaluate, [*full, "--networks", "1", "--search-lr", "--augmentations", "none"]),
+        (continual, ["--steps", "2", "--orders", "1"]),
+        (search, [*full, *grid]),
+    ):
+        seen.clear()
+        assert stage.main([*argv, *options]) == 0
+        assert seen == {(False, "adam"), (True, "sgd")}, stage
+
+
+def test_a_run_of_an_earlier_version_is_evaluated_as_it_was(finished: Path, tmp_path: Path) -> None:
+    """Its options lack those that came since."""
+    old = tmp_path / "old"
+    shutil.copytree(finished, old)
+    lines = (old / "config.toml").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith("optimizer")]
+    assert len(lines) - len(kept) == 2  # of distill and evaluate
+    (old / "config.toml").write_text("".join(kept))
+    results = json.loads((old / "results.json").read_text())
+    for section in ("distill", "evaluate"):
+        del results["config"][section]["optimizer"]
+    (old / "results.json").write_text(json.dumps(results))
+    found = []
+    for folder in (finished, old):
+        assert evaluate.main([str(folder), "--networks", "2", "--epochs", "2", "--full-epochs", "1"]) == 0
+        found.append(json.loads((folder / "evaluation.json").read_text()))
+    assert found[0] == found[1]
+    assert compare.main(["--first", str(finished), "--second", str(old)]) == 0
 
 
 def test_a_name_that_the_file_system_does_not_take_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -378,6 +378,7 @@ def trained(device: str, recipe: training.Recipe, graphs: Callable[[], Graphs] |
 RECIPES = {
     "momentum": training.Recipe(6, lr=0.05, momentum=0.9, weight_decay=0.01, batch=8, decay=True),
     "flat minima": training.Recipe(3, lr=0.05, batch=8, sharpness_radius=0.05, sharpness_weight=0.3),
+    "adam": training.Recipe(6, lr=0.01, weight_decay=0.01, batch=8, decay=True, optimizer="adam"),
 }
 
 

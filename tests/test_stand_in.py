@@ -54,6 +54,7 @@ CHOSEN = {
     "kcenter": "--method kcenter",
     "forgetting": "--method forgetting",
     "policies": "--method random --evaluate-augmentations none dsa autoaugment randaugment imagenet",
+    "adam": "--method random --evaluate-optimizer adam",
     "searched rate": "--method random --evaluate-search-lr --evaluate-select all",
 }
 
@@ -79,18 +80,20 @@ def elsewhere(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def sgd(parameters: list[torch.nn.Parameter], recipe: Recipe, lr: float) -> torch.optim.SGD:
+def optimizer(parameters: list[torch.nn.Parameter], recipe: Recipe, lr: float) -> torch.optim.Optimizer:
     """As :mod:`ddpp.training` has it, but not fused."""
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(parameters, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
 def run(main: Any, device: str, arguments: list[str]) -> int:
-    """A stage on a device. By its name torch chooses a fused SGD, and ddpp the fused training step."""
+    """A stage on a device. By its name torch chooses a fused optimiser, and ddpp the fused training step."""
     if device != "stand-in":
         return int(main([*arguments, "--device", device]))
     with pytest.MonkeyPatch.context() as patch, standing_in():
         patch.setattr(cli, "device", lambda config: DEVICE)
-        patch.setattr(training, "_sgd", sgd)
+        patch.setattr(training, "_optimizer", optimizer)
         patch.setattr(training, "_suits", lambda model, device: ConvNetStep.suits(model))
         return int(main(arguments))
 

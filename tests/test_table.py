@@ -142,6 +142,7 @@ def test_what_tells_methods_apart_alone_stands_under_the_table(
         ("distill_ipc", (1, 10), ("ipc 1", "ipc 10")),
         ("data_zca", (True, False), ("zca", "no-zca")),
         ("evaluate_epochs", (7, 300), ("evaluate-epochs 7", "evaluate-epochs 300")),
+        ("evaluate_optimizer", ("sgd", "adam"), ("evaluate-optimizer sgd", "evaluate-optimizer adam")),
         ("evaluate_lr", (None, 0.5), ("evaluate-lr by default", "evaluate-lr 0.5")),
         ("evaluate_select", ("final", "val"), ("evaluate-select final", "evaluate-select val")),
         ("data_classes", (("cat", "dog"), ()), ("classes cat dog", "classes by default")),

@@ -174,6 +174,14 @@ def test_teachers_of_other_data_are_refused(
         open_all(tmp_path, config, replace(dataset, **changed))
 
 
+def test_teachers_of_earlier_versions_fit(tmp_path: Path, dataset: Dataset) -> None:
+    """What they say of their training are these options, whatever a recipe has been given since."""
+    config = settings(tmp_path, count=1)
+    (found,) = open_all(train(config, dataset), config, dataset)
+    recipe = {"epochs": 3, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "batch": 32, "decay": False}
+    assert found.meta["recipe"] == recipe
+
+
 def test_flat_teachers_are_not_taken_for_plain_ones(tmp_path: Path, dataset: Dataset) -> None:
     train(settings(tmp_path, count=1, sharpness_radius=0.01), dataset)
     with pytest.raises(UserError, match=r"another recipe: sharpness_radius is 0\.01 there and None here"):

@@ -62,9 +62,26 @@ def test_a_step_is_sgd_with_momentum_and_weight_decay() -> None:
     torch.testing.assert_close(found, theta, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_adam_is_pytorchs(fused: bool) -> None:
+    """Of whole batches, whose order does not matter; it begins anew where the rate falls."""
+    images, labels = examples()
+    model, wanted = network().double(), network().double()  # of a small gradient Adam follows the rounding too
+    recipe = Recipe(6, lr=0.01, weight_decay=0.01, batch=30, decay=True, optimizer="adam")
+    training.fit(model, images.double(), labels, recipe, Backend(fused=fused), seed=1)
+    for rate, epochs in ((0.01, 5), (0.001, 1)):
+        optimizer = torch.optim.Adam(wanted.parameters(), rate, weight_decay=0.01)
+        for _ in range(epochs):
+            optimizer.zero_grad()
+            F.cross_entropy(wanted(images.double()), labels).backward()
+            optimizer.step()
+    torch.testing.assert_close(flat.flatten(model), flat.flatten(wanted), atol=1e-9, rtol=0)
+
+
 RECIPES = {
     "everything": Recipe(6, lr=0.05, momentum=0.9, weight_decay=0.01, batch=8, decay=True),
     "flat minima": Recipe(3, lr=0.05, batch=8, sharpness_radius=0.05, sharpness_weight=0.3),
+    "adam": Recipe(6, lr=0.01, weight_decay=0.01, batch=8, decay=True, optimizer="adam"),
 }
 
 
