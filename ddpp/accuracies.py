@@ -56,6 +56,7 @@ def read(folder: Path, evaluated: bool = False) -> dict[str, Any]:
     _, meta = synthetic.load(folder / "synthetic.safetensors")
     # A run of an earlier version lacks options; they are what they are by default.
     config = Config().with_values(results["config"], str(path))
+    config = config.with_values({"evaluate": {"optimizer": config.networks_optimizer}}, str(path))
     return {**results, "config": asdict(config), "fingerprint": meta["fingerprint"], "seed": meta["seed"]}
 
 

@@ -235,10 +235,10 @@ class EvaluateConfig:
     networks: int = option(5, "Networks trained from scratch for each figure.", low=1)
     epochs: int = option(300, "Epochs on the synthetic images; the rate falls to a tenth halfway.", low=1)
     lr: float | None = option(None, "Learning rate; by default the learned step size.", low=0)
-    optimizer: str = option(
-        "sgd",
-        "Optimiser of the networks on synthetic and random real images; networks on all real images always train by "
-        "SGD.",
+    optimizer: str | None = option(
+        None,
+        "Optimiser of the networks on synthetic and random real images, by default that of bptt's students, or else "
+        "sgd; networks on all real images always train by SGD.",
         choices=("sgd", "adam"),
     )
     momentum: float = option(0.9, "Momentum of SGD.", low=0, high=1)
@@ -293,6 +293,11 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def networks_optimizer(self) -> str:
+        """What networks on the synthetic set are trained by."""
+        return self.evaluate.optimizer or self.distill.inner_optimizer
 
     def with_values(self, values: dict[str, dict[str, Any]], source: str) -> Config:
         """A copy with the given options set, each checked.

@@ -101,7 +101,7 @@ def _recipe(config: Config, step_size: float) -> Recipe:
         settings.weight_decay,
         settings.batch,
         decay=True,
-        optimizer=settings.optimizer,
+        optimizer=config.networks_optimizer,
     )
 
 

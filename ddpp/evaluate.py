@@ -185,7 +185,7 @@ class Evaluation:
             weight_decay=settings.weight_decay,
             batch=settings.batch,
             decay=True,
-            optimizer=settings.optimizer,
+            optimizer=self.config.networks_optimizer,
         )
 
 

@@ -76,7 +76,7 @@ def search(
     many = Recipe(
         settings.full_epochs, settings.full_lr, settings.momentum, settings.weight_decay, settings.batch, decay=True
     )
-    few = replace(many, epochs=settings.epochs, lr=lr, optimizer=settings.optimizer)
+    few = replace(many, epochs=settings.epochs, lr=lr, optimizer=config.networks_optimizer)
     sets: dict[str, tuple[Tensor | Images, Tensor, Recipe]] = {
         "distilled": (distilled.images, distilled.labels, few),
         "random": (random.images, random.labels, few),
@@ -93,7 +93,7 @@ def search(
             jobs.append(Job(part, recipe.epochs * len(labels), train))
         found = iter(trainings.run(jobs))
     done = [{"model": _options(model), **{proxy: next(found) for proxy in sets}} for model in candidates]
-    result = {"protocol": _protocol(settings), "networks": done, **_summary(done)}
+    result = {"protocol": _protocol(config), "networks": done, **_summary(done)}
     runs.write_json(folder / "search.json", result)
     return result
 
@@ -151,9 +151,9 @@ def _summary(done: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _protocol(settings: Any) -> dict[str, Any]:
-    names = ("epochs", "lr", "optimizer", "momentum", "weight_decay", "batch", "full_epochs", "full_lr")
-    return {name: getattr(settings, name) for name in names}
+def _protocol(config: Config) -> dict[str, Any]:
+    names = ("epochs", "lr", "momentum", "weight_decay", "batch", "full_epochs", "full_lr")
+    return {"optimizer": config.networks_optimizer, **{name: getattr(config.evaluate, name) for name in names}}
 
 
 def _options(model: ModelConfig) -> dict[str, Any]:

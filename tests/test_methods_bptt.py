@@ -167,6 +167,12 @@ def test_the_whole_job_cut_and_resumed_gives_the_same_bytes(tmp_path: Path, monk
     assert [row["outcome"] for row in rows] == ["taken"] * 6 and {row["first"] for row in rows} <= {0, 1, 2}
 
 
+def test_networks_are_trained_as_the_students_were_unless_another_rule_is_given() -> None:
+    settings = replace(SETTINGS, distill=replace(OF_BPTT, inner_optimizer="adam"))
+    assert SETTINGS.networks_optimizer == "sgd" and settings.networks_optimizer == "adam"
+    assert settings.with_values({"evaluate": {"optimizer": "sgd"}}, "test").networks_optimizer == "sgd"
+
+
 def test_what_it_learns_is_worth_more_than_what_it_began_with(tmp_path: Path) -> None:
     """In sixty steps of small students."""
     argv = ["--method", "bptt", "--inner-optimizer", "adam", "--step-size", "0.01", "--lr-step-size", "0"]
