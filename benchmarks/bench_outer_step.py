@@ -3,7 +3,7 @@
 The reference keeps the graph of all J steps in plain PyTorch (GroupNorm, avg_pool2d, create_graph), as published codes
 do. Interleaved rounds of all sides in one process, then the memory of one step in fresh processes:
 
-    python benchmarks/bench_outer_step.py [--threads 2] [--rounds 5] [--keep-pages] [--larger] [--sides SIDE ...]
+    python benchmarks/bench_outer_step.py [--threads 2] [--rounds 5] [--keep-pages] [--larger|--adam] [--sides SIDE ...]
     python benchmarks/bench_outer_step.py --errors 10 [--sides SIDE ...]
 
 Memory is the peak of the resident set above that at the start of the step, everything included.
@@ -31,11 +31,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from ddpp import augment, models
 from ddpp.config import ModelConfig
 from ddpp.models import flat
-from ddpp.unroll import Matching, matching_gradients, provider
+from ddpp.ops import masked_match_loss
+from ddpp.unroll import Gradients, provider, training_gradients
 
 CLASSES = 10
 
-Side = Callable[[], Matching]
+Side = Callable[[], Gradients]
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ class Case:
     batch: int
     inner_steps: int
     side: int = 32  # pixels
+    optimizer: str = "sgd"
 
     def problem(self, seed: int = 0) -> dict[str, Any]:
-        """Arguments of :func:`matching_gradients`. Each parameter of the target is a tenth away from the start."""
+        """Arguments of :func:`gradients`. Each parameter of the target is a tenth away from the start."""
         draw = torch.Generator().manual_seed(seed)
         shape = 3, self.side, self.side
         network = models.build(ModelConfig(), shape, CLASSES, seed=seed)
@@ -61,16 +63,19 @@ class Case:
             "target": start * (1 + 0.1 * torch.randn(start.shape, generator=draw)),
             "images": torch.randn(count, *shape, generator=draw),
             "labels": torch.arange(CLASSES).repeat_interleave(self.ipc),
-            "lr": torch.tensor(0.01),
+            "lr": torch.tensor(0.01 if self.optimizer == "sgd" else 0.001),
             "batches": [torch.randperm(count, generator=draw)[: self.batch] for _ in range(self.inner_steps)],
             "plans": list(augment.draw(*size, groups=augment.GROUPS, mode="one", generator=draw)),
+            "optimizer": self.optimizer,
         }
 
 
 CASES = {"IPC 1, J = 50": Case(1, 10, 50), "batch 100, J = 10": Case(10, 100, 10)}
 LONGER = {"IPC 1, J = 10": Case(1, 10, 10), "IPC 1, J = 80": Case(1, 10, 80), "IPC 50, J = 80": Case(50, 250, 80)}
 LARGER = {"64x64, batch 10, J = 20": Case(1, 10, 20, 64), "128x128, batch 10, J = 20": Case(1, 10, 20, 128)}
-ALL = CASES | LONGER | LARGER
+#: As RaT-BPTT trains students.
+BY_ADAM = {"IPC 1, J = 60, Adam": Case(1, 10, 60, 32, "adam"), "batch 100, J = 10, Adam": Case(10, 100, 10, 32, "adam")}
+ALL = CASES | LONGER | LARGER | BY_ADAM
 REFERENCE = "reference"
 #: Provider and Winograd tile of the adjoint engine, and whether planes are bfloat16.
 SIDES = {
@@ -86,10 +91,19 @@ SIDES = {
 def side(name: str, problem: dict[str, Any]) -> Side:
     """What computes one outer step; buffers are kept from call to call, as a run keeps them."""
     if name == REFERENCE:
-        return lambda: matching_gradients(**problem, engine="unrolled", fused=False)
+        return lambda: gradients(problem, engine="unrolled", fused=False)
     kind, tile, bf16 = SIDES[name]
     step = provider(problem["network"], kind, tile=tile, bf16=bf16)
-    return lambda: matching_gradients(**problem, step=step)
+    return lambda: gradients(problem, step=step)
+
+
+def gradients(problem: dict[str, Any], **how: Any) -> Gradients:
+    """Of DDPP's distance to the target."""
+    target, start, fused = problem["target"], problem["start"], how.get("fused", True)
+    given = {name: value for name, value in problem.items() if name != "target"}
+    return training_gradients(
+        **given, objective=lambda end: masked_match_loss(end, target, start, 0.1, fused=fused), **how
+    )
 
 
 @pytest.mark.parametrize("name", [REFERENCE, *SIDES])
@@ -122,7 +136,7 @@ def errors(case: Case, seeds: int, names: Sequence[str] = tuple(SIDES)) -> dict[
     for seed in range(seeds):
         problem = case.problem(seed)
         double = {k: _double(v) for k, v in problem.items()}
-        exact = matching_gradients(**double, engine="unrolled", fused=False).images
+        exact = gradients(double, engine="unrolled", fused=False).images
         for name, values in found.items():
             off = side(name, problem)().images.double() - exact
             values.append(float(off.norm() / exact.norm()))
@@ -188,6 +202,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="times or errors of these alone")
     parser.add_argument("--keep-pages", action="store_true", help="malloc keeps its pages, for all sides")
     parser.add_argument("--larger", action="store_true", help="images of 64x64 and 128x128, depths 4 and 5, memory too")
+    parser.add_argument("--adam", action="store_true", help="students that move by Adam, memory too")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "SIDE"), help="print the memory of one step and end")
     parser.add_argument("--errors", type=int, metavar="SEEDS", help="print how far float32 is from float64, and end")
     args = parser.parse_args()
@@ -203,9 +218,9 @@ def main() -> None:
 
         assert keep_pages()
     print(f"{processor()}, {args.threads} threads, torch {torch.__version__}, pages kept: {args.keep_pages}\n")
-    cases = list(LARGER if args.larger else CASES)
+    cases = list(LARGER if args.larger else BY_ADAM if args.adam else CASES)
     _print_times(args.rounds, cases, args.sides)
-    if args.larger:
+    if args.larger or args.adam:
         _print_peaks(args.threads, cases, args.sides)
     elif not args.keep_pages and len(args.sides) == len(SIDES):
         _print_peaks(args.threads, cases, args.sides)

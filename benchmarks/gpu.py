@@ -34,7 +34,7 @@ import bench_norm_pool
 import bench_outer_step
 import torch
 import torch.nn.functional as F
-from bench_outer_step import Case
+from bench_outer_step import Case, gradients
 from machine import processor
 from torch import Tensor
 from torch.autograd import DeviceType
@@ -51,7 +51,7 @@ from ddpp.ops._library import using
 from ddpp.ops._streams import SIDES
 from ddpp.ops.head import Linear
 from ddpp.training import Backend, Recipe
-from ddpp.unroll import Gradients, matching_gradients, provider
+from ddpp.unroll import Gradients, provider
 
 Side = Callable[[], object]
 ROUNDS = 15
@@ -304,7 +304,7 @@ def outer_steps(clock: Clock, small: bool) -> Iterator[dict[str, Any]]:
     """A row for each case and precision. The same precision holds for all sides."""
     device = clock.device
     for name, problem in _problems(device, small):
-        exact = matching_gradients(**_in_float64(problem), engine="unrolled", fused=False)
+        exact = gradients(_in_float64(problem), engine="unrolled", fused=False)
         for precision in _precisions(device):
             memory = _peaks(_sides(problem), device)
             sides = {side: make() for side, make in _sides(problem).items()}
@@ -331,7 +331,7 @@ def _sides(problem: dict[str, Any]) -> dict[str, Callable[[], Callable[[], Gradi
     def adjoint(graphs: bool = True, bf16: bool = False, sides: int = SIDES) -> Callable[[], Gradients]:
         step = provider(problem["network"], "dual", bf16=bf16)
         captured = Graphs(CudaGraphs(sides)) if graphs and on_gpu else None
-        return lambda: matching_gradients(**problem, step=step, graphs=captured)
+        return lambda: gradients(problem, step=step, graphs=captured)
 
     return {
         "pytorch": lambda: _as_published(bench_outer_step.side(bench_outer_step.REFERENCE, problem), problem["plans"]),
