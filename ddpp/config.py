@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 from ddpp.errors import UserError, nearest
 
 _LARGEST = 2**63 - 1  # that a tensor holds
+_MOST_STEPS = 100_000  # of a student: their batches are drawn at once
 
 
 def option(
@@ -107,13 +108,14 @@ class DistillConfig:
         1, "Images decoded from the storage of one; needs a --parameterization other than pixels.", low=1
     )
     steps: int = option(200, "Outer steps: updates of the synthetic images.", low=1)
-    inner_steps: int = option(20, "Inner steps: student updates in each outer step (J).", low=1)
+    inner_steps: int = option(20, "Inner steps: student updates in each outer step (J).", low=1, high=_MOST_STEPS)
     inner_optimizer: str = option("sgd", "Rule of the updates of bptt's students.", choices=("sgd", "adam"))
     student_steps: int | None = option(
         None,
         "Updates of bptt's students: up to so many, a random number, of which the last --inner-steps are "
         "differentiated; by default these alone.",
         low=1,
+        high=_MOST_STEPS,
     )
     teacher_span: int = option(2, "Epochs between the teacher's start and target (K).", low=1)
     max_start_epoch: int = option(5, "Start epochs are drawn below this bound.", low=1)

@@ -359,7 +359,7 @@ def _check(config: Config, method: type[Method] | type[Selection]) -> None:
             if getattr(settings, name) != getattr(usual, name) and not issubclass(method, methods):
                 option = f"--{name.replace('_', '-')} {getattr(settings, name)}"
                 raise UserError(f"{option} needs a method that {what}, and {settings.method} does not")
-    for name in ("momentum", "labels_momentum"):
+    for name in ("momentum", *(["labels_momentum"] if settings.labels == "soft" else [])):
         if settings.optimizer == "adam" and getattr(settings, name) == 1:
             raise UserError(f"--optimizer adam needs a --{name.replace('_', '-')} below 1, got 1; give 0.9")
     if settings.init == "correct" and not method.needs_teachers:

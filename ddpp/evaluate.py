@@ -236,8 +236,9 @@ def check(config: Config, dataset: Dataset) -> None:
 
     Raises:
         UserError: an unknown architecture or augmentation, an architecture that does not suit the images or whose
-            options are wrong, or ``--select val`` without a held-out part.
+            options are wrong, ``--select val`` without a held-out part, or an optimiser without a rate.
     """
+    networks.check_rate(config)
     for name in config.evaluate.models:
         try:
             models.build(_model(config, name), dataset.shape, len(dataset.classes), seed=0)

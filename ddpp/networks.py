@@ -18,9 +18,24 @@ from tqdm import tqdm
 from ddpp import __version__, registry, runs
 from ddpp.config import Config, EvaluateConfig
 from ddpp.data import Dataset, Images
+from ddpp.errors import UserError
 from ddpp.training import Backend, Recipe
 
 Result = TypeVar("Result")
+
+
+def check_rate(config: Config) -> None:
+    """Refuses a learned step size as the rate of another optimiser than the students'.
+
+    Raises:
+        UserError: it would be.
+    """
+    own, asked = config.distill.inner_optimizer, config.networks_optimizer
+    if config.evaluate.lr is None and asked != own:
+        raise UserError(
+            f"networks by {asked} need a learning rate of their own (--lr, or --evaluate-lr of ddpp.distill): the "
+            f"set's step size is that of students by {own}"
+        )
 
 
 def images_bar(what: str, total: int, *, shown: bool = True) -> tqdm[NoReturn]:

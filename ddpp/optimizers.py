@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpp.dual import Step
+from ddpp.gpu import send
 from ddpp.ops import dsa_augment
 from ddpp.ops.dsa import dsa_adjoint
 
@@ -51,7 +52,12 @@ class Rule(Protocol):
     def move(self, state: Tensor, gradient: Tensor, lr: Tensor, corrections: Tensor | None) -> Tensor:
         """The state after a step with this gradient; differentiable by the first three."""
 
-    def pull_back(self, step: Step, fused: bool, state: Tensor, adjoint: Tensor, batch: Batch) -> Pulled:
+    def told(self, after: Tensor) -> Tensor | None:
+        """What :meth:`pull_back` needs of the state after the step."""
+
+    def pull_back(
+        self, step: Step, fused: bool, state: Tensor, told: Tensor | None, adjoint: Tensor, batch: Batch
+    ) -> Pulled:
         """From dL/dstate after a step, which began at ``state``, to that before it."""
 
 
@@ -70,7 +76,12 @@ class SGD(Rule):
     def move(self, state: Tensor, gradient: Tensor, lr: Tensor, corrections: Tensor | None) -> Tensor:
         return torch.addcmul(state, gradient, lr, value=-1)
 
-    def pull_back(self, step: Step, fused: bool, state: Tensor, adjoint: Tensor, batch: Batch) -> Pulled:
+    def told(self, after: Tensor) -> None:
+        """Nothing."""
+
+    def pull_back(
+        self, step: Step, fused: bool, state: Tensor, told: Tensor | None, adjoint: Tensor, batch: Batch
+    ) -> Pulled:
         found, lr = step.adjoint(state, adjoint, *batch.seen(fused)), batch.lr
         d_images = found.images if batch.plan is None else dsa_adjoint(found.images, batch.plan, fused=fused)
         d_labels = None if found.labels is None else lr * found.labels
@@ -80,8 +91,8 @@ class SGD(Rule):
 class Adam(Rule):
     """Adam (Kingma and Ba, arXiv 1412.6980) with its usual constants.
 
-    With m' and v' the moments after the step and u = m' c1 / (sqrt(v' c2) + eps), theta' = theta - lr u. On the way
-    back g is calculated again: what lambda is sent through it depends on it, by v'.
+    With m' and v' the moments after the step and u = m' c1 / (sqrt(v' c2) + eps), theta' = theta - lr u. What lambda is
+    sent through g depends on g itself, by v'; it is what m' has more than m.
     """
 
     decays, eps = (0.9, 0.999), 1e-8
@@ -95,17 +106,23 @@ class Adam(Rule):
     def corrections(self, steps: int, like: Tensor) -> list[Tensor | None]:
         """c1 and c2, those of the moments' beginning at 0. [2] each"""
         decays, number = torch.tensor(self.decays, dtype=torch.float64), torch.arange(1, steps + 1)[:, None]
-        return list((1 / (1 - decays**number)).to(like).unbind())
+        return list(send((1 / (1 - decays**number)).to(like.dtype), like.device).unbind())
 
     def move(self, state: Tensor, gradient: Tensor, lr: Tensor, corrections: Tensor | None) -> Tensor:
         assert corrections is not None
         moments, (c1, c2) = self._moments(state, gradient), corrections.unbind()
         return torch.stack([state[0] - lr * moments[0] * c1 / (_root(moments[1] * c2) + self.eps), *moments])
 
-    def pull_back(self, step: Step, fused: bool, state: Tensor, adjoint: Tensor, batch: Batch) -> Pulled:
-        assert batch.corrections is not None
-        (images, labels), (c1, c2), lr = batch.seen(fused), batch.corrections.unbind(), batch.lr
-        gradient = step.gradient(state[0], images, labels)
+    def told(self, after: Tensor) -> Tensor:
+        """m'. [P]"""
+        return after[1]
+
+    def pull_back(
+        self, step: Step, fused: bool, state: Tensor, told: Tensor | None, adjoint: Tensor, batch: Batch
+    ) -> Pulled:
+        assert batch.corrections is not None and told is not None
+        (c1, c2), lr = batch.corrections.unbind(), batch.lr
+        gradient = torch.sub(told, state[1], alpha=self.decays[0]) / (1 - self.decays[0])
         (m, v), (of_theta, of_m, of_v) = self._moments(state, gradient), adjoint.unbind()
         root = _root(v * c2)
         below = root + self.eps
@@ -113,7 +130,7 @@ class Adam(Rule):
         of_m = of_m - by_u * c1
         of_v = of_v + (by_u * m * c1 / below * c2 / (2 * root)).masked_fill(v == 0, 0)
         sent = (1 - self.decays[0]) * of_m + 2 * (1 - self.decays[1]) * gradient * of_v
-        found = step.adjoint(state[0], sent, images, labels)
+        found = step.adjoint(state[0], sent, *batch.seen(fused))
         d_images = found.images if batch.plan is None else dsa_adjoint(found.images, batch.plan, fused=fused)
         before = torch.stack([of_theta + found.theta, self.decays[0] * of_m, self.decays[1] * of_v])
         d_labels = None if found.labels is None else -found.labels
@@ -139,9 +156,11 @@ def forward(step: Step, rule: Rule, fused: bool, state: Tensor, *batch: Any) -> 
     return rule.move(state, step.gradient(rule.parameters(state), *b.seen(fused)), b.lr, b.corrections)
 
 
-def backward(step: Step, rule: Rule, fused: bool, state: Tensor, adjoint: Tensor, *batch: Any) -> Pulled:
+def backward(
+    step: Step, rule: Rule, fused: bool, state: Tensor, told: Tensor | None, adjoint: Tensor, *batch: Any
+) -> Pulled:
     """The way back through :func:`forward`."""
-    return rule.pull_back(step, fused, state, adjoint, Batch(*batch))
+    return rule.pull_back(step, fused, state, told, adjoint, Batch(*batch))
 
 
 def _root(x: Tensor) -> Tensor:

@@ -188,6 +188,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     if not config.evaluate.full_epochs:
         raise UserError("a search ranks beside all real images: give --full-epochs above 0")
+    networks.check_rate(config)
     dataset = data.load(config.data)
     runs.check_same_data(folder, synthetic.load(folder / "synthetic.safetensors")[1], dataset.fingerprint)
     usual = models.describe(replace(config.model, model="convnet", depth=None), dataset.shape)["depth"]

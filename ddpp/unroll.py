@@ -240,9 +240,9 @@ class _Unroll(NamedTuple):
         arguments = self.step, self.rule, self.fused, state, *self.batch(step)
         return self.graphs(forward, *arguments).clone() if self.graphs else forward(*arguments)
 
-    def back(self, state: Tensor, adjoint: Tensor, step: int) -> Pulled:
+    def back(self, state: Tensor, after: Tensor, adjoint: Tensor, step: int) -> Pulled:
         """See :data:`ddpp.optimizers.Pulled`; with graphs, the next call of one may overwrite the results."""
-        arguments = self.step, self.rule, self.fused, state, adjoint, *self.batch(step)
+        arguments = self.step, self.rule, self.fused, state, self.rule.told(after), adjoint, *self.batch(step)
         if not self.graphs:
             return backward(*arguments)
         before, *rest = self.graphs(backward, *arguments)
@@ -381,6 +381,8 @@ def training_gradients(
     _check_name("optimizer", optimizer, OPTIMIZERS)
     if engine == "tesla" and optimizer != "sgd":
         raise UserError(f"engine 'tesla' is an approximation for SGD, got it with optimizer {optimizer!r}")
+    if nearest_to is not None and first:
+        raise UserError(f"first must be 0 with nearest_to, which may end before it, got {first}")
     for name, tensor in (("start", start), ("images", images), ("labels", labels), ("lr", lr)):
         _check_tensor(name, tensor)
     rule, drawn = OPTIMIZERS[optimizer], [None] * len(batches) if plans is None else plans
@@ -448,12 +450,14 @@ def _adjoint(u: _Unroll, *, exact: bool = True) -> Gradients:
 
     d_lr = torch.zeros_like(u.lr)
     d_images, d_labels = torch.zeros_like(u.images), torch.zeros_like(u.labels)
+    after = state
     for number, state in _backwards(u, checkpoints):
-        before, of_images, of_lr, of_labels = u.back(state, adjoint, number)
+        before, of_images, of_lr, of_labels = u.back(state, after, adjoint, number)
         d_images.index_add_(0, u.batches[number], of_images, alpha=-1)
         if of_labels is not None:
             d_labels.index_add_(0, u.batches[number], of_labels, alpha=-1)
         d_lr -= of_lr
+        after = state
         if exact:
             adjoint = before
     learned = d_labels if u.labels.is_floating_point() else None

@@ -346,7 +346,7 @@ def test_adam_trains_on_few_images_and_sgd_on_all(finished: Path, monkeypatch: p
         return fit(network, images, labels, recipe, *rest, **options)
 
     monkeypatch.setattr(training, "fit", noted)
-    argv = [str(finished), "--optimizer", "adam", "--epochs", "1", "--threads", "1"]
+    argv = [str(finished), "--optimizer", "adam", "--lr", "0.01", "--epochs", "1", "--threads", "1"]
     full, grid = ["--full-epochs", "1"], ["--widths", "4", "--depths", "1", "--activation", "relu"]
     for stage, options in (
         (evaluate, [*full, "--networks", "1", "--search-lr", "--augmentations", "none"]),
@@ -356,6 +356,12 @@ def test_adam_trains_on_few_images_and_sgd_on_all(finished: Path, monkeypatch: p
         seen.clear()
         assert stage.main([*argv, *options]) == 0
         assert seen == {(False, "adam"), (True, "sgd")}, stage
+
+
+def test_a_learned_step_size_is_no_rate_of_adam(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage in (evaluate, continual, search):
+        assert stage.main([str(finished), "--optimizer", "adam"]) == 2
+        assert "networks by adam need a learning rate of their own (--lr" in capsys.readouterr().err
 
 
 def test_a_run_of_an_earlier_version_is_evaluated_as_it_was(finished: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ LEVELS: dict[str, float] = {
     "dual": 2.5,
     "pruning": 2.5,
     "gpu": 2.7,
-    "optimizers": 2.7,
+    "optimizers": 2.8,  # sends to a GPU
     "trajectories": 3,
     "buffers": 3,
     "unroll": 3,

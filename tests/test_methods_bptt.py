@@ -135,6 +135,9 @@ def test_real_images_are_taken_a_few_at_once(problem: Problem, monkeypatch: pyte
     ("options", "message"),
     [
         (["--student-steps", "2"], "--student-steps 2 must be at least --inner-steps 3, which are the last of them"),
+        (["--student-steps", "1000000"], "--student-steps must be between 1 and 100000, got 1000000"),
+        (["--norm", "batch"], "--method bptt passes each class through the network by itself, where --norm batch"),
+        (["--evaluate-optimizer", "sgd"], "networks by sgd need a learning rate of their own"),
         (["--engine", "tesla"], "--engine tesla approximates trajectory matching; for bptt give adjoint or unrolled"),
         (["--nearest-step"], "--nearest-step True needs a method that matches trajectories (ddpp, mtt), and bptt does"),
         (["--method", "ddpp"], "--inner-optimizer adam needs a method that trains students from scratch (bptt)"),

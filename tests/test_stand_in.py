@@ -54,7 +54,7 @@ CHOSEN = {
     "kcenter": "--method kcenter",
     "forgetting": "--method forgetting",
     "policies": "--method random --evaluate-augmentations none dsa autoaugment randaugment imagenet",
-    "adam": "--method random --evaluate-optimizer adam",
+    "adam": "--method random --evaluate-optimizer adam --evaluate-lr 0.001",
     "searched rate": "--method random --evaluate-search-lr --evaluate-select all",
 }
 

@@ -294,6 +294,30 @@ def test_a_student_moves_as_torch_moves_it(optimizer: str) -> None:
             assert free or part.norm() < 1e-9, name
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"first": STEPS}, r"first must be from 0 to below the 4 inner steps, got 4"),
+        ({"first": -1}, "first must be from 0"),
+        ({"first": 1, "nearest_to": torch.zeros(3)}, "first must be 0 with nearest_to, which may end before it, got 1"),
+        ({"optimizer": "adm"}, "unknown optimizer 'adm'; did you mean 'adam'"),
+        ({"optimizer": "adam", "engine": "tesla"}, "engine 'tesla' is an approximation for SGD, got it with optimizer"),
+    ],
+)
+def test_what_a_training_cannot_be_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        training(problem(), **options)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("every", [2, 3, 10])
+def test_checkpoints_change_no_bit_of_the_last_steps(optimizer: str, every: int) -> None:
+    p = problem(soft=True)
+    found = [training(p, optimizer=optimizer, first=1, checkpoint_every=k) for k in (1, every)]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("first", [0, 2, STEPS - 1])
 @pytest.mark.parametrize("soft", [False, True])

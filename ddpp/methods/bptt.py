@@ -15,7 +15,7 @@ from ddpp.dual import ConvNetStep, Step
 from ddpp.errors import UserError
 from ddpp.gpu import graphs_for
 from ddpp.methods import METHODS, Memory, Problem, Update
-from ddpp.methods._real import ByClass
+from ddpp.methods._real import ByClass, check_class_by_class
 from ddpp.methods._students import draw_batches, draw_plans
 from ddpp.models import flat
 from ddpp.ops import dsa_augment
@@ -42,11 +42,12 @@ class BPTT:
 
     @staticmethod
     def check(config: Config) -> None:
-        """Refuses students that end before what is differentiated, and an approximation that is of SGD alone.
+        """Refuses students that end before what is differentiated, an approximation, and batch normalisation.
 
         Raises:
-            UserError: they do, or it is asked for.
+            UserError: one of them is asked for.
         """
+        check_class_by_class(config)
         settings = config.distill
         if settings.student_steps is not None and settings.student_steps < settings.inner_steps:
             raise UserError(
