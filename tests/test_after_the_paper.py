@@ -224,7 +224,7 @@ def test_the_whole_job_and_a_resumed_one_give_the_same_bytes(more: list[str], tm
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--method", "dm", "--labels", "soft"], "--labels soft needs a method that learns labels (ddpp"),
+        (["--method", "dm", "--labels", "soft"], "--labels soft needs a method that learns labels (bptt, ddpp"),
         (["--method", "dsa", "--init", "correct"], "--init correct asks teachers, and method dsa has none"),
         (["--method", "mtt", "--prune", "lowest"], "--prune lowest needs --method ddpp: mtt prunes nothing"),
         (
