@@ -23,7 +23,7 @@ from ddpp.models import flat
 from ddpp.ops._library import implementation
 from ddpp.ops._streams import SIDES, Beside, side_streams
 from ddpp.synthetic import Synthetic
-from ddpp.unroll import matching_gradients, provider
+from ddpp.unroll import matching_gradients, provider, training_gradients
 
 
 class Recorder:
@@ -79,6 +79,23 @@ def test_graphs_change_no_bit(name: str, soft: bool, augmented: bool, checkpoint
         p["start"], p["images"] = p["start"] * 1.01, p["images"] + 0.1
         p["lr"].mul_(1.1)
     assert recorder.captured == 4
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 2])
+def test_graphs_change_no_bit_of_students_by_adam(checkpoint_every: int) -> None:
+    """Of the last three steps; the second unroll captures nothing."""
+    p, recorder = problem(soft=True), Recorder()
+    step, graphs = provider(p["network"], "dual"), Graphs(recorder)
+    given = {name: value for name, value in p.items() if name != "target"}
+    options: dict[str, Any] = {"optimizer": "adam", "first": 1, "step": step}
+    options["objective"] = lambda end: (end @ end, torch.ones(()))
+    for _ in range(2):
+        wanted = training_gradients(**given, **options)
+        found = training_gradients(**given, **options, graphs=graphs, checkpoint_every=checkpoint_every)
+        for result, exact in zip(found, wanted, strict=True):
+            assert result is not None and exact is not None and torch.equal(result, exact)
+        given["start"], given["images"] = given["start"] * 1.01, given["images"] + 0.1
+    assert recorder.captured == 2
 
 
 def test_graphs_see_arguments_that_change_in_place_and_their_own_results() -> None:
