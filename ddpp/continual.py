@@ -59,7 +59,7 @@ def continual(
     groups = augment.groups_for(config.augment.strategy, dataset.strategy)
     memories = {config.distill.method: [distilled] * orders, **_real(config, dataset, groups, orders, device)}
     ends = [classes * (k + 1) // steps for k in range(steps)]
-    recipe = _recipe(config, float(distilled.step_size))
+    recipe = networks.recipe(config, float(distilled.step_size))
     order = [
         torch.randperm(classes, generator=seeds.generator(config.run.seed, "class order", n)) for n in range(orders)
     ]
@@ -89,20 +89,6 @@ def _real(
     ipc, seed = config.distill.ipc, config.run.seed
     draws = [synthetic.real_images(dataset, ipc, "continual", n, seed=seed) for n in range(orders)]
     return {"herding": [selection.choose()] * orders, "random": draws}
-
-
-def _recipe(config: Config, step_size: float) -> Recipe:
-    settings = config.evaluate
-    lr = settings.lr if settings.lr is not None else step_size
-    return Recipe(
-        settings.epochs,
-        lr,
-        settings.momentum,
-        settings.weight_decay,
-        settings.batch,
-        decay=True,
-        optimizer=config.networks_optimizer,
-    )
 
 
 def _network(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpp import augment, cli, data, evaluate, models, parameterization, report, runs, synthetic, teachers
+from ddpp import augment, cli, data, evaluate, models, optimizers, parameterization, report, runs, synthetic, teachers
 from ddpp.config import SECTIONS, Config, DistillConfig
 from ddpp.data import Dataset
 from ddpp.errors import UserError
@@ -59,12 +59,11 @@ def _sgd(moving: _Moving, gradient: Tensor, lr: float, momentum: float) -> _Movi
 
 
 def _adam(moving: _Moving, gradient: Tensor, lr: float, momentum: float, step: int) -> _Moving:
-    """A step, counted from 1, of Adam (arXiv 1412.6980) with decays ``momentum`` and 0.999, and epsilon 1e-8."""
+    """A step, counted from 1, of Adam (arXiv 1412.6980) with decays ``momentum`` and 0.999."""
     before = torch.zeros_like(gradient) if moving.squares is None else moving.squares
-    velocity = momentum * moving.velocity + (1 - momentum) * gradient
-    squares = 0.999 * before + (1 - 0.999) * gradient.square()
-    scale = (squares / (1 - 0.999**step)).sqrt() + 1e-8
-    return _Moving(moving.value - lr / (1 - momentum**step) * velocity / scale, velocity, squares)
+    decays = momentum, 0.999
+    corrections = [1 / (1 - decay**step) for decay in decays]
+    return _Moving(*optimizers.adam(moving.value, moving.velocity, before, gradient, lr, decays, corrections))
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class Evaluation:
 
     def searched(self, model: str, trained_on: Synthetic) -> Searched:
         """The rate of :data:`RATES` with which one network does best, among those at which no network diverges."""
-        recipes = [self._recipe(self.config.evaluate.epochs, lr) for lr in RATES]
+        recipes = [replace(self.recipe(trained_on), lr=lr) for lr in RATES]
         images, labels = trained_on.images, trained_on.labels
         tried = self.networks([(model, images, labels, recipe, "search", 0) for recipe in recipes])
         ranked = sorted(zip(recipes, tried, strict=True), key=lambda pair: _preference(pair[1]), reverse=True)
@@ -166,27 +166,13 @@ class Evaluation:
 
     def full(self, model: str) -> list[Scores]:
         """All real training images."""
-        settings = self.config.evaluate
-        recipe = replace(self._recipe(settings.full_epochs, settings.full_lr), optimizer="sgd")
+        recipe, count = networks.recipe_on_all(self.config), self.config.evaluate.networks
         images, labels = self.dataset.train_images, self.dataset.train_labels
-        return self.networks([(model, images, labels, recipe, "full", n) for n in range(settings.networks)])
+        return self.networks([(model, images, labels, recipe, "full", n) for n in range(count)])
 
     def recipe(self, trained_on: Synthetic) -> Recipe:
         """How networks are trained on a synthetic set: at its learned step size unless a rate is given."""
-        settings = self.config.evaluate
-        return self._recipe(settings.epochs, settings.lr if settings.lr is not None else float(trained_on.step_size))
-
-    def _recipe(self, epochs: int, lr: float) -> Recipe:
-        settings = self.config.evaluate
-        return Recipe(
-            epochs=epochs,
-            lr=lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            batch=settings.batch,
-            decay=True,
-            optimizer=self.config.networks_optimizer,
-        )
+        return networks.recipe(self.config, float(trained_on.step_size))
 
 
 def _preference(tested: Scores) -> tuple[bool, float]:

@@ -38,6 +38,19 @@ def check_rate(config: Config) -> None:
         )
 
 
+def recipe(config: Config, step_size: float) -> Recipe:
+    """How networks are trained on a set of few images, at its learned step size unless a rate is given."""
+    settings = config.evaluate
+    lr = step_size if settings.lr is None else settings.lr
+    return replace(recipe_on_all(config), epochs=settings.epochs, lr=lr, optimizer=config.networks_optimizer)
+
+
+def recipe_on_all(config: Config) -> Recipe:
+    """How networks are trained on all real images."""
+    s = config.evaluate
+    return Recipe(s.full_epochs, s.full_lr, s.momentum, s.weight_decay, s.batch, decay=True)
+
+
 def images_bar(what: str, total: int, *, shown: bool = True) -> tqdm[NoReturn]:
     """A bar of the images that networks are trained on, so that time left is told long before the first is trained."""
     return tqdm(total=total, desc=what, unit=" images", unit_scale=True, disable=not shown)

@@ -7,6 +7,7 @@ lambda [P], phi = <g, lambda> with its derivatives.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,8 @@ from ddpp.dual import Step
 from ddpp.gpu import send
 from ddpp.ops import dsa_augment
 from ddpp.ops.dsa import dsa_adjoint
+
+EPSILON = 1e-8  # of Adam
 
 
 class Batch(NamedTuple):
@@ -95,7 +98,7 @@ class Adam(Rule):
     sent through g depends on g itself, by v'; it is what m' has more than m.
     """
 
-    decays, eps = (0.9, 0.999), 1e-8
+    decays = 0.9, 0.999
 
     def begin(self, theta: Tensor) -> Tensor:
         return torch.cat([theta[None], theta.new_zeros(2, len(theta))])
@@ -110,8 +113,7 @@ class Adam(Rule):
 
     def move(self, state: Tensor, gradient: Tensor, lr: Tensor, corrections: Tensor | None) -> Tensor:
         assert corrections is not None
-        moments, (c1, c2) = self._moments(state, gradient), corrections.unbind()
-        return torch.stack([state[0] - lr * moments[0] * c1 / (_root(moments[1] * c2) + self.eps), *moments])
+        return torch.stack(adam(state[0], state[1], state[2], gradient, lr, self.decays, corrections.unbind()))
 
     def told(self, after: Tensor) -> Tensor:
         """m'. [P]"""
@@ -123,9 +125,9 @@ class Adam(Rule):
         assert batch.corrections is not None and told is not None
         (c1, c2), lr = batch.corrections.unbind(), batch.lr
         gradient = torch.sub(told, state[1], alpha=self.decays[0]) / (1 - self.decays[0])
-        (m, v), (of_theta, of_m, of_v) = self._moments(state, gradient), adjoint.unbind()
+        (m, v), (of_theta, of_m, of_v) = moments(state[1], state[2], gradient, self.decays), adjoint.unbind()
         root = _root(v * c2)
-        below = root + self.eps
+        below = root + EPSILON
         by_u = lr * of_theta / below
         of_m = of_m - by_u * c1
         of_v = of_v + (by_u * m * c1 / below * c2 / (2 * root)).masked_fill(v == 0, 0)
@@ -136,13 +138,27 @@ class Adam(Rule):
         d_labels = None if found.labels is None else -found.labels
         return before, -d_images, (m * c1 / below) @ of_theta, d_labels
 
-    def _moments(self, state: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the gradient and of its square, after a step. [P] each"""
-        first, second = self.decays
-        return torch.lerp(gradient, state[1], first), torch.lerp(gradient.square(), state[2], second)
-
 
 OPTIMIZERS: dict[str, Rule] = {"sgd": SGD(), "adam": Adam()}
+
+
+def adam(
+    value: Tensor,
+    first: Tensor,
+    second: Tensor,
+    gradient: Tensor,
+    lr: Tensor | float,
+    decays: tuple[float, float],
+    corrections: Sequence[Tensor | float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A value and its moments after a step of Adam; ``corrections`` are 1 / (1 - decay^t) of both at step t."""
+    first, second = moments(first, second, gradient, decays)
+    return value - lr * first * corrections[0] / (_root(second * corrections[1]) + EPSILON), first, second
+
+
+def moments(first: Tensor, second: Tensor, gradient: Tensor, decays: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """The moving averages of the gradient and of its square, after a step."""
+    return torch.lerp(gradient, first, decays[0]), torch.lerp(gradient.square(), second, decays[1])
 
 
 def augmented(images: Tensor, plan: Tensor | None, fused: bool) -> Tensor:

@@ -71,12 +71,7 @@ def search(
     """
     distilled, _ = synthetic.load(folder / "synthetic.safetensors")
     random = synthetic.real_images(dataset, config.distill.ipc, "search", seed=config.run.seed)
-    settings = config.evaluate
-    lr = settings.lr if settings.lr is not None else float(distilled.step_size)
-    many = Recipe(
-        settings.full_epochs, settings.full_lr, settings.momentum, settings.weight_decay, settings.batch, decay=True
-    )
-    few = replace(many, epochs=settings.epochs, lr=lr, optimizer=config.networks_optimizer)
+    few, many = networks.recipe(config, float(distilled.step_size)), networks.recipe_on_all(config)
     sets: dict[str, tuple[Tensor | Images, Tensor, Recipe]] = {
         "distilled": (distilled.images, distilled.labels, few),
         "random": (random.images, random.labels, few),

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,23 +83,28 @@ def test_the_interval_of_any_number_of_pairs(pairs: int) -> None:
     assert found.margin == pytest.approx(wanted, rel=3e-4)
 
 
-def changed(finished: Path, to: Path, section: str, key: str, value: object) -> Path:
+def edited(finished: Path, to: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a run with other results."""
     shutil.copytree(finished, to)
     results = json.loads((to / "results.json").read_text())
-    results["config"][section][key] = value
+    edit(results)
     (to / "results.json").write_text(json.dumps(results))
     return to
+
+
+def changed(finished: Path, to: Path, section: str, key: str, value: object) -> Path:
+    return edited(finished, to, lambda results: results["config"][section].update({key: value}))
 
 
 def test_two_runs_are_compared_network_by_network(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(finished, other)
-    results = json.loads((other / "results.json").read_text())
-    found = results["models"]["convnet"]["dm"]
-    found["networks"] = [n + 3 for n in found["networks"]]
-    (other / "results.json").write_text(json.dumps(results))
+
+    def better(results: dict[str, Any]) -> None:
+        found = results["models"]["convnet"]["dm"]
+        found["networks"] = [n + 3 for n in found["networks"]]
+
+    other = edited(finished, tmp_path / "other", better)
     argv = ["--first", str(finished), "--second", str(other), "--json", str(tmp_path / "c.json")]
     assert compare.main(argv) == 0
     difference = json.loads((tmp_path / "c.json").read_text())["difference"]["convnet"]
@@ -173,22 +179,20 @@ def test_runs_are_compared_by_their_last_evaluation(
 def test_runs_without_a_common_architecture_are_refused(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(finished, other)
-    results = json.loads((other / "results.json").read_text())
-    results["models"] = {"mlp": results["models"]["convnet"]}
-    (other / "results.json").write_text(json.dumps(results))
+    other = edited(
+        finished, tmp_path / "other", lambda results: results.update(models={"mlp": results["models"]["convnet"]})
+    )
     assert compare.main(["--first", str(finished), "--second", str(other)]) == 2
     assert f"in all runs ({finished}: convnet; {other}: mlp)" in capsys.readouterr().err
 
 
 def test_the_score_is_of_an_architecture_that_all_runs_share(finished: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(finished, other)
-    results = json.loads((other / "results.json").read_text())
-    chance = {name: {**found, "mean": 10.0} for name, found in results["models"]["convnet"].items()}
-    results["models"], results["accuracy"] = {"mlp": chance, **results["models"]}, chance
-    (other / "results.json").write_text(json.dumps(results))
+
+    def with_another_first(results: dict[str, Any]) -> None:
+        chance = {name: {**found, "mean": 10.0} for name, found in results["models"]["convnet"].items()}
+        results["models"], results["accuracy"] = {"mlp": chance, **results["models"]}, chance
+
+    other = edited(finished, tmp_path / "other", with_another_first)
     score = compare.compare([finished], [other])["score"]
     assert score["first"] is not None and score["first"] == score["second"]
 

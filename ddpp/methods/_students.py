@@ -1,13 +1,31 @@
-"""What methods draw that train students on the synthetic set: the images of each inner step and their augmentation."""
+"""What methods share that train students: what computes their steps, how they begin, and what each step sees."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ddpp import augment, seeds
+from ddpp import augment, models, seeds
+from ddpp.dual import Step
 from ddpp.gpu import send
 from ddpp.methods import Problem
+from ddpp.models import flat
+from ddpp.unroll import provider
+
+
+def step_of(problem: Problem) -> Step:
+    """What computes a student step and its adjoint, as the run's options have it."""
+    run = problem.config.run
+    name = "auto" if run.use_fused_kernels else "autograd"
+    return provider(problem.network, name, tile=run.winograd, bf16=run.bf16)
+
+
+def fresh(problem: Problem, *key: str | int) -> Tensor:
+    """The parameters of a network with random weights, on the problem's device. [P]"""
+    config, dataset = problem.config, problem.dataset
+    seed = seeds.derive(config.run.seed, *key)
+    network = models.build(config.model, dataset.shape, len(dataset.classes), seed=seed)
+    return flat.flatten(network).to(problem.device)
 
 
 def draw_batches(problem: Problem, images: int, count: int, step: int) -> list[Tensor]:

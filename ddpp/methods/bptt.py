@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpp import models, seeds
+from ddpp import seeds
 from ddpp.config import Config
 from ddpp.dual import ConvNetStep, Step
 from ddpp.errors import UserError
 from ddpp.gpu import graphs_for
 from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.methods._real import ByClass, check_class_by_class
-from ddpp.methods._students import draw_batches, draw_plans
+from ddpp.methods._students import draw_batches, draw_plans, fresh, step_of
 from ddpp.models import flat
 from ddpp.ops import dsa_augment
 from ddpp.synthetic import Synthetic
-from ddpp.unroll import provider, training_gradients
+from ddpp.unroll import training_gradients
 
 _AT_ONCE = 256  # real images
 _NORM = "norm"  # in the memory
@@ -58,11 +58,9 @@ class BPTT:
             raise UserError("--engine tesla approximates trajectory matching; for bptt give adjoint or unrolled")
 
     def __init__(self, problem: Problem) -> None:
-        self.problem, run = problem, problem.config.run
-        self.by_class = ByClass(problem)
-        name = "auto" if run.use_fused_kernels else "autograd"
-        self.step = provider(problem.network, name, tile=run.winograd, bf16=run.bf16).on(problem.device)
-        self.graphs = graphs_for(run, problem.device)
+        self.problem, self.by_class = problem, ByClass(problem)
+        self.step = step_of(problem).on(problem.device)
+        self.graphs = graphs_for(problem.config.run, problem.device)
 
     def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
         problem, settings = self.problem, self.problem.config.distill
@@ -98,10 +96,7 @@ class BPTT:
 
     def _fresh(self, step: int) -> Tensor:
         """The parameters of a network with random weights. [P]"""
-        config, dataset = self.problem.config, self.problem.dataset
-        seed = seeds.derive(config.run.seed, "student", step)
-        network = models.build(config.model, dataset.shape, len(dataset.classes), seed=seed)
-        return flat.flatten(network).to(self.problem.device)
+        return fresh(self.problem, "student", step)
 
     def real(self, step: int) -> tuple[Tensor, Tensor]:
         """The real images of an outer step, augmented as the synthetic ones are, and their labels."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddpp import augment, models, seeds
+from ddpp import augment, seeds
 from ddpp.config import Config
 from ddpp.gpu import send
 from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.methods._real import ByClass, check_class_by_class
+from ddpp.methods._students import fresh, step_of
 from ddpp.models import flat
 from ddpp.models.flat import Layout
 from ddpp.ops import dsa_augment
 from ddpp.synthetic import Synthetic
-from ddpp.unroll import provider
 
 _LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}  # of the published code
 _NETWORK_BATCH = 256
@@ -44,8 +44,7 @@ class DC:
         self.problem, self.settings, self.seed = problem, config.distill, config.run.seed
         self.by_class, self.classes = ByClass(problem), len(problem.dataset.classes)
         self.layout = flat.layout(problem.network)
-        name = "auto" if config.run.use_fused_kernels else "autograd"
-        self.step = provider(problem.network, name, tile=config.run.winograd, bf16=config.run.bf16)
+        self.step = step_of(problem)
         nearest = min(_LOOPS, key=lambda ipc: abs(ipc - config.distill.ipc))
         self.loops = config.distill.loops or _LOOPS[nearest][0]
         epochs = config.distill.loop_epochs
@@ -71,9 +70,7 @@ class DC:
 
     def _fresh(self, number: int) -> Tensor:
         """The parameters of a network with random weights. [P]"""
-        dataset, seed = self.problem.dataset, seeds.derive(self.seed, "dc network", number)
-        network = models.build(self.problem.config.model, dataset.shape, len(dataset.classes), seed=seed)
-        return flat.flatten(network).to(self.problem.device)
+        return fresh(self.problem, "dc network", number)
 
     def _trained(self, theta: Tensor, synthetic: Synthetic, step: int) -> Tensor:
         """``theta`` after ``loop_epochs`` on the synthetic images. [P]"""

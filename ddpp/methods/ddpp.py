@@ -10,11 +10,11 @@ from ddpp.config import Config, DistillConfig
 from ddpp.errors import UserError
 from ddpp.gpu import graphs_for, send
 from ddpp.methods import METHODS, Memory, Problem, Update
-from ddpp.methods._students import draw_batches, draw_plans
+from ddpp.methods._students import draw_batches, draw_plans, step_of
 from ddpp.models import flat
 from ddpp.pruning import Importance
 from ddpp.synthetic import Synthetic
-from ddpp.unroll import matching_gradients, provider
+from ddpp.unroll import matching_gradients
 
 _IMPORTANCE = "importance"  # in the memory
 
@@ -69,8 +69,7 @@ class DDPP:
         bounds = {"epsilon": settings.epsilon, "share": settings.prune_share}
         self.distance = pruning.distance(self.rule, layout, **bounds, fused=run.use_fused_kernels)
         self.keep = pruning.keep(self.rule, layout, **bounds)
-        name = "auto" if run.use_fused_kernels else "autograd"
-        self.step = provider(problem.network, name, tile=run.winograd, bf16=run.bf16)
+        self.step = step_of(problem)
         self.graphs = graphs_for(run, problem.device)
 
     def update(self, synthetic: Synthetic, step: int, memory: Memory) -> Update:
