@@ -100,15 +100,17 @@ def _networks(run: dict[str, Any], model: str) -> list[float]:
 
 
 def _score(side: list[dict[str, Any]], model: str) -> float | None:
-    """Mean LRS of runs with hard labels and an upper bound, None where one lacks it."""
+    """Mean LRS of runs that were evaluated with hard labels too and have an upper bound, None where one does not."""
     found = []
     for run in side:
         table, settings = run["models"][model], run["config"]["distill"]
         if not table.get("full") or settings.get("labels") == "soft":
             return None
-        own = table[settings["method"]]["mean"] / 100
-        full, random = table["full"]["mean"] / 100, table["random"]["mean"] / 100
-        found.append(scores.label_robust_score(full_hard=full, synthetic_hard=own, synthetic=own, random=random))
+        method = settings["method"]
+        rows = table["full"], table.get(f"{method}/own", table[method]), table[method], table["random"]
+        full, hard, any_labels, random = (row["mean"] / 100 for row in rows)
+        score = scores.label_robust_score(full_hard=full, synthetic_hard=hard, synthetic=any_labels, random=random)
+        found.append(score)
     return sum(found) / len(found)
 
 

@@ -94,8 +94,8 @@ class TeachersConfig:
 class DistillConfig:
     method: str = option(
         "ddpp",
-        "Method: ddpp, mtt, bptt, dc, dsa, dm, cafe or kip; random, herding, kcenter or forgetting, which select real "
-        "images; or given, a set made elsewhere.",
+        "Method: ddpp, mtt, bptt, dc, dsa, dm, cafe, kip or sre2l; random, herding, kcenter or forgetting, which "
+        "select real images; rded, which selects parts of them; or given, a set made elsewhere.",
     )
     ipc: int = option(1, "Synthetic images per class: the storage, which --images-in-one may fill with more.", low=1)
     parameterization: str = option(
@@ -213,6 +213,14 @@ class DistillConfig:
     kip_depth: int = option(3, "Hidden layers of the network of kip, blocks of the paper's.", low=1)
     kip_batch: int = option(500, "Real images in an outer step of kip.", low=1)
     kip_ridge: float = option(1e-6, "Ridge of the regression of kip, in units of the kernel's mean diagonal.", low=0)
+    rded_candidates: int = option(300, "Random real images of each class that rded looks at.", low=1)
+    rded_crops: int = option(5, "Random crops of each of them, of which rded keeps one.", low=1)
+    rded_patches: int = option(
+        1,
+        "Crops along each side of an image of rded; the paper takes 1 for images of 32 pixels, 2 for larger ones.",
+        low=1,
+    )
+    sre2l_statistics: float = option(0.01, "Weight of the statistics of real images in the loss of sre2l.", low=0)
     own: tuple[str, ...] = option((), "Options of a plugin's method, each as NAME=VALUE.")
     given: tuple[str, ...] = option(
         (),
@@ -241,10 +249,18 @@ class EvaluateConfig:
         None,
         "Optimiser of the networks on synthetic and random real images, by default that of bptt's students, or else "
         "sgd; networks on all real images always train by SGD.",
-        choices=("sgd", "adam"),
+        choices=("sgd", "adam", "adamw"),
     )
+    labels: str = option(
+        "own",
+        "What networks on synthetic and random real images learn: the images' own labels, or what a teacher answers to "
+        "each image as it is shown, augmented (SRe2L, RDED).",
+        choices=("own", "teacher"),
+    )
+    temperature: float = option(20.0, "Temperature at which networks learn a teacher's answers.", low=1e-3)
+    cutmix: bool = option(False, "With a teacher's answers: a part of each image is another one's (CutMix).")
     momentum: float = option(0.9, "Momentum of SGD.", low=0, high=1)
-    weight_decay: float = option(5e-4, "Weight decay of SGD and Adam.", low=0)
+    weight_decay: float = option(5e-4, "Weight decay of SGD, Adam and AdamW.", low=0)
     batch: int = option(256, "Images in a batch.", low=1)
     full_epochs: int = option(30, "Epochs on all real images for the upper bound; 0 leaves it out.", low=0)
     full_lr: float = option(0.01, "Learning rate on all real images.", low=0)

@@ -165,6 +165,7 @@ def _table(result: dict[str, Any]) -> str:
 def _run(config: Config, args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     networks.check_rate(config)
+    networks.check_own_labels(config, "continual")
     dataset = data.load(config.data)
     runs.check_same_data(folder, synthetic.load(folder / "synthetic.safetensors")[1], dataset.fingerprint)
     with runs.alone(folder, "continual"):

@@ -21,7 +21,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpp import augment, cli, data, evaluate, models, optimizers, parameterization, report, runs, synthetic, teachers
+from ddpp import (
+    augment,
+    cli,
+    data,
+    evaluate,
+    models,
+    optimizers,
+    parameterization,
+    report,
+    runs,
+    store,
+    synthetic,
+    teachers,
+)
 from ddpp.config import SECTIONS, Config, DistillConfig
 from ddpp.data import Dataset
 from ddpp.errors import UserError
@@ -335,7 +348,7 @@ def _save_result(state: State, config: Config, dataset: Dataset, groups: tuple[s
 
 def _trajectories(config: Config, dataset: Dataset, network: torch.nn.Module, device: torch.device) -> list[Trajectory]:
     folder = teachers.train(config, dataset, device)
-    return teachers.open_all(folder, config, dataset, network)
+    return store.open_all(folder, config, dataset, network)
 
 
 def _check(config: Config, method: type[Method] | type[Selection]) -> None:
@@ -432,6 +445,8 @@ def _run_in(
     runs.forget_peak_memory(device)
     try:
         trajectories = _trajectories(config, dataset, problem.network, device) if method.needs_teachers else []
+        if config.evaluate.labels == "teacher" and not trajectories:
+            teachers.train(replace(config, teachers=replace(config.teachers, count=1)), dataset, device)
     except UserError:
         if not resumed:
             runs.discard(folder)

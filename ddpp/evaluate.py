@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddpp import augment, cli, data, models, networks, runs, scores, seeds, synthetic, training
+from ddpp import augment, cli, data, models, networks, runs, scores, seeds, store, synthetic, training, trajectories
 from ddpp.config import Config, ModelConfig, value_type
 from ddpp.data import Dataset, Images, policies
 from ddpp.errors import UserError, nearest
+from ddpp.models import flat
 from ddpp.networks import Job, Trainings
 from ddpp.synthetic import Synthetic
 from ddpp.training import Backend, Recipe
@@ -66,6 +67,7 @@ class Evaluation:
     Attributes:
         groups: of DSA, none for no augmentation.
         policy: one of :data:`ddpp.data.policies.POLICIES`, or None.
+        teacher: whose answers networks on few images learn, or None.
     """
 
     def __init__(
@@ -74,24 +76,24 @@ class Evaluation:
         dataset: Dataset,
         groups: tuple[str, ...],
         trainings: Trainings,
+        teacher: nn.Module | None = None,
         policy: str | None = None,
     ) -> None:
-        self.config, self.dataset, self.groups, self.trainings, self.policy = config, dataset, groups, trainings, policy
+        self.config, self.dataset, self.groups, self.trainings = config, dataset, groups, trainings
+        self.teacher, self.policy = teacher, policy
+        self._asked = networks.digest(flat.flatten(teacher)) if teacher else []
 
     def augmented_by(self, name: str) -> Evaluation:
         """The same with another augmentation: ``none``, ``dsa`` or a policy."""
         groups = augment.parse_strategy(self.dataset.strategy) if name == "dsa" else ()
         policy = None if name in _WITHOUT_POLICY else name
-        return Evaluation(self.config, self.dataset, groups, self.trainings, policy)
+        return Evaluation(self.config, self.dataset, groups, self.trainings, self.teacher, policy)
 
     def network(self, model: str, images: Tensor | Images, labels: Tensor, recipe: Recipe, *key: str | int) -> Scores:
         """Trains one network from scratch and tests it."""
         seed, backend = seeds.derive(self.config.run.seed, "evaluate", model, *key), self.trainings.backend
         chosen = _model(self.config, model)
-        network: nn.Module = models.build(chosen, self.dataset.shape, len(self.dataset.classes), seed=seed)
-        if self.policy:
-            flip, side = "flip" in self.dataset.strategy, self.dataset.shape[-1]
-            network = policies.Augmented(network, self.policy, self.dataset.transform, side=side, flip=flip, seed=seed)
+        network = models.build(chosen, self.dataset.shape, len(self.dataset.classes), seed=seed)
         finite = training.fit(
             network,
             images,
@@ -100,6 +102,8 @@ class Evaluation:
             backend,
             groups=self.groups,
             mode=self.config.augment.mode,
+            policy=self._policy(seed),
+            teacher=self.teacher,
             seed=seed,
             on_step=self.trainings.advance,
         )
@@ -109,21 +113,30 @@ class Evaluation:
         tested = training.accuracy(network, dataset.test_images, dataset.test_labels, backend)
         return Scores(tested, held_out, finite)
 
+    def _policy(self, seed: int) -> policies.Policy | None:
+        if not self.policy:
+            return None
+        flip, side = "flip" in self.dataset.strategy, self.dataset.shape[-1]
+        return policies.Policy(self.policy, self.dataset.transform, side=side, flip=flip, seed=seed)
+
     def networks(self, jobs: Sequence[tuple[Any, ...]]) -> list[Scores]:
         """:meth:`network` for each of the arguments, or what was kept of it."""
         return [Scores(*tested) for tested in self.trainings.run([self._job(*job) for job in jobs])]
 
     def _job(self, model: str, images: Tensor | Images, labels: Tensor, recipe: Recipe, *key: str | int) -> Job:
-        part = networks.part_of(recipe, model, self.policy, self.groups, *key, *networks.digest(images, labels))
+        part = self._part(model, recipe, *key, *networks.digest(images, labels))
         train = partial(self.network, model, images, labels, recipe, *key)
         return Job(part, recipe.epochs * len(images), train)
+
+    def _part(self, model: str, recipe: Recipe, *key: Any) -> str:
+        return networks.part_of(recipe, model, self.policy, self.groups, *self._asked, *key)
 
     def random(self, model: str, ipc: int, recipe: Recipe) -> list[Scores]:
         """As many real images as there are synthetic ones, another random choice for each network."""
         images = recipe.epochs * ipc * len(self.dataset.classes)
         jobs = []
         for n in range(self.config.evaluate.networks):
-            part = networks.part_of(recipe, model, self.policy, self.groups, "random", n, ipc)
+            part = self._part(model, recipe, "random", n, ipc)
             jobs.append(Job(part, images, partial(self._on_random, model, ipc, recipe, n)))
         return [Scores(*tested) for tested in self.trainings.run(jobs)]
 
@@ -210,7 +223,7 @@ def networks_on(
     count = config.evaluate.networks * config.evaluate.epochs * len(images)
     with networks.images_bar("evaluate", count) as progress, torch.enable_grad():
         trainings = Trainings(Backend.of(config.run, torch.device(device)), progress)
-        evaluation = Evaluation(config, dataset, groups, trainings)
+        evaluation = Evaluation(config, dataset, groups, trainings, _teacher(config, dataset, torch.device(device)))
         recipe, model = evaluation.recipe(held), next(iter(config.evaluate.models), config.model.model)
         if not recipe.lr > 0:
             raise UserError(f"the step size must be positive, got {recipe.lr}; it is the networks' learning rate")
@@ -222,9 +235,12 @@ def check(config: Config, dataset: Dataset) -> None:
 
     Raises:
         UserError: an unknown architecture or augmentation, an architecture that does not suit the images or whose
-            options are wrong, ``--select val`` without a held-out part, or an optimiser without a rate.
+            options are wrong, ``--select val`` without a held-out part, an optimiser without a rate, or ``--cutmix``
+            without a teacher.
     """
     networks.check_rate(config)
+    if config.evaluate.cutmix and config.evaluate.labels == "own":
+        raise UserError("--cutmix mixes images, whose labels a teacher then gives; it needs --labels teacher")
     for name in config.evaluate.models:
         try:
             models.build(_model(config, name), dataset.shape, len(dataset.classes), seed=0)
@@ -281,28 +297,32 @@ def compare(
         percent, and how many of these ``diverged``, if any did; and ``protocol``, which says what was selected and
         how. With ``select`` "all" the method's name stands for the last step, and beside it ``<method>/val`` and
         ``<method>/test`` for the snapshots that were best there; with ``search_lr`` there are ``<method>/searched`` and
-        ``random/searched``, with ``augmentations`` ``<method>/<name>`` and ``random/<name>`` for each, and
+        ``random/searched``, with a teacher's answers ``<method>/own`` and ``random/own`` for networks that learn the
+        images' own labels, with ``augmentations`` ``<method>/<name>`` and ``random/<name>`` for each, and
         ``robustness``, see :func:`robustness`. Where there were several snapshots to choose from, ``snapshots`` of each
         architecture: what each of them reached, in the order of the outer steps; its ``step``, ``mean``, ``std`` and
         ``networks``, and ``val``, their mean on held-out images if there are any.
 
     Raises:
-        UserError: what :func:`check` refuses, or a missing snapshot.
+        UserError: what :func:`check` refuses, a missing snapshot, or a missing teacher whose answers are asked.
     """
     check(config, dataset)
     settings = config.evaluate
+    teacher = _teacher(config, dataset, device)
     candidates = _candidates(folder, settings.select)
     names = settings.models or (config.model.model,)
     images = len(names) * _images_trained_on(config, dataset, candidates)
     with networks.images_bar("evaluate", images) as progress:
         ledger = runs.Ledger(folder / _PARTS, networks.about(config, dataset))
         trainings = Trainings(Backend.of(config.run, device), progress, ledger)
-        evaluation = Evaluation(config, dataset, groups, trainings)
+        evaluation = Evaluation(config, dataset, groups, trainings, teacher)
         tables, snapshots = {}, {}
         for model in names:
             tried = [evaluation.tried(model, path) for path in candidates]
             tables[model], snapshots[model] = _table(evaluation, model, tried), [_reached(each) for each in tried]
     protocol = {"select": settings.select, "networks": settings.networks, "ddof": 1, "epochs": settings.epochs}
+    if teacher:
+        protocol |= {name: getattr(settings, name) for name in ("labels", "temperature", "cutmix")}
     if settings.search_lr:
         protocol["searched_on"] = "held-out" if len(dataset.val_labels) else "test"
     results = {"accuracy": next(iter(tables.values())), "models": tables, "protocol": protocol}
@@ -311,6 +331,20 @@ def compare(
     if settings.augmentations:
         results["robustness"] = {model: robustness(table, settings.augmentations) for model, table in tables.items()}
     return results
+
+
+def _teacher(config: Config, dataset: Dataset, device: torch.device) -> nn.Module | None:
+    """The first of the configuration's teachers, where its answers are asked for."""
+    if config.evaluate.labels == "own":
+        return None
+    folder = store.folder_of(config, dataset)
+    first = trajectories.open_folder(folder, store.describe(config, dataset)).get(0)
+    if first is None:
+        raise UserError(
+            f"{folder} holds no teacher whose answers could be learned. Train one: python -m ddpp.teachers --config "
+            "with the run's config.toml"
+        )
+    return store.ended(first, config, dataset, device)
 
 
 def forget_parts(folder: Path) -> None:
@@ -322,8 +356,9 @@ def _images_trained_on(config: Config, dataset: Dataset, candidates: list[Path])
     """By all networks of one architecture, unless a searched rate is searched again."""
     settings, epochs, augmented = config.evaluate, config.evaluate.epochs, len(config.evaluate.augmentations)
     synthetic_images, real = len(_loaded(candidates[-1])[1].images), config.distill.ipc * len(dataset.classes)
-    on_synthetic = len(candidates) + settings.search_lr + augmented * (config.distill.method != "random")
-    on_real = 1 + settings.search_lr + augmented
+    asked, selected = settings.labels == "teacher", config.distill.method == "random"
+    on_synthetic = len(candidates) + settings.search_lr + (augmented + asked) * (not selected)
+    on_real = 1 + settings.search_lr + augmented + asked
     images = epochs * (on_synthetic * synthetic_images + on_real * real)
     tried = settings.search_lr * len(RATES) * epochs * synthetic_images
     return settings.networks * (images + settings.full_epochs * len(dataset.train_labels)) + tried
@@ -349,6 +384,11 @@ def _table(evaluation: Evaluation, model: str, tried: list[Tried]) -> dict[str, 
         table["random/searched"] = {**_summary(searched.random), "lr": searched.lr}
         if method != "random":
             table[f"{method}/searched"] = {**_summary(searched.distilled), "lr": searched.lr}
+    if evaluation.teacher:
+        plain = replace(learned, temperature=0.0, cutmix=False)
+        table["random/own"] = _summary(evaluation.random(model, ipc, plain))
+        if method != "random":
+            table[f"{method}/own"] = _summary(evaluation.distilled(model, chosen, plain))
     for name in settings.augmentations:
         other = evaluation.augmented_by(name)
         table[f"random/{name}"] = _summary(other.random(model, ipc, learned))

@@ -38,11 +38,22 @@ def check_rate(config: Config) -> None:
         )
 
 
+def check_own_labels(config: Config, stage: str) -> None:
+    """Refuses a teacher's answers where a stage trains on the images' own labels.
+
+    Raises:
+        UserError: they are asked for.
+    """
+    if config.evaluate.labels != "own":
+        raise UserError(f"ddpp.{stage} trains on the set's own labels: give --labels own and --no-cutmix")
+
+
 def recipe(config: Config, step_size: float) -> Recipe:
     """How networks are trained on a set of few images, at its learned step size unless a rate is given."""
-    settings = config.evaluate
-    lr = step_size if settings.lr is None else settings.lr
-    return replace(recipe_on_all(config), epochs=settings.epochs, lr=lr, optimizer=config.networks_optimizer)
+    s = config.evaluate
+    lr = step_size if s.lr is None else s.lr
+    found = replace(recipe_on_all(config), epochs=s.epochs, lr=lr, optimizer=config.networks_optimizer)
+    return found if s.labels == "own" else replace(found, temperature=s.temperature, cutmix=s.cutmix)
 
 
 def recipe_on_all(config: Config) -> Recipe:
@@ -147,8 +158,8 @@ def part_of(recipe: Recipe, *key: Any) -> str:
     return json.dumps([*key, asdict(recipe)])
 
 
-def digest(images: Tensor | Images, labels: Tensor) -> list[Any]:
-    """Names the images that a network is trained on; those of the data set all together."""
-    if not isinstance(images, Tensor):
+def digest(*held: Tensor | Images) -> list[Any]:
+    """Names what a network is trained on by its values; the images of the data set all together."""
+    if not all(isinstance(each, Tensor) for each in held):
         return ["all"]
-    return [zlib.crc32(t.contiguous().cpu().numpy().data) for t in (images, labels)]
+    return [zlib.crc32(each.contiguous().cpu().numpy().data) for each in held if isinstance(each, Tensor)]

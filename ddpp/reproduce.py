@@ -56,7 +56,7 @@ class Table:
 
 
 SECTIONS = ("data", "evaluate", "run")  # whose options reach every run
-_NOT_OF_THE_PAPER = ("given", "bptt")  # whose tables the targets are
+_NOT_OF_THE_PAPER = ("given", "bptt", "rded", "sre2l")  # whose tables the targets are
 # What does not change a figure, or is trained for one cell of a table alone.
 _MAY_DIFFER = (*runs.OF_THE_MACHINE, "evaluate.full_epochs")
 TARGETS = {
@@ -273,7 +273,7 @@ def _markdown(rows: list[Row], columns: Sequence[str], target: Table, cells: Seq
         body.append([name, *(itertools.chain(*zip(texts, shown, strict=True)) if papers else texts)])
     finished = [cell.results for cell in cells if cell.results]
     networks = finished[0]["protocol"]["networks"] if finished else 0
-    over = runs.spread_text(networks, seeds)
+    over = runs.spread_text(networks, seeds) + (runs.answers_text(finished[0]["protocol"]) if finished else "")
     minutes = sum(sum(found["seconds"].values()) for found in finished) / 60
     return "\n".join(
         [

@@ -446,9 +446,10 @@ def accuracy_table(results: dict[str, Any]) -> str:
     for condition in results["accuracy"]:
         cells = [figure_text(table[condition]) for table in tables.values()]
         rows.append(f"| {condition_name(condition)} | {' | '.join(cells)} |")
+    over = spread_text(protocol["networks"]) + answers_text(protocol)
     return "\n".join([*rows, *_robustness_lines(results)]) + (
-        f"\n\nTest accuracy in percent, mean ± standard deviation (ddof {protocol['ddof']}) over "
-        f"{spread_text(protocol['networks'])}; synthetic images of {selection_text(protocol['select'])}."
+        f"\n\nTest accuracy in percent, mean ± standard deviation (ddof {protocol['ddof']}) over {over}; synthetic "
+        f"images of {selection_text(protocol['select'])}."
     )
 
 
@@ -456,6 +457,14 @@ def spread_text(networks: int, distillations: int = 1) -> str:
     """What a mean and its standard deviation are over, in words."""
     over = f"{networks} networks trained from scratch"
     return f"{distillations} distillations, each the mean of {over}" if distillations > 1 else over
+
+
+def answers_text(evaluation: dict[str, Any]) -> str:
+    """What those networks learned that see few images, in words, where it was not the images' labels."""
+    if evaluation.get("labels", "own") == "own":
+        return ""
+    mixed = " with CutMix" if evaluation["cutmix"] else ""
+    return f", on few images{mixed} by a teacher's answers at temperature {evaluation['temperature']:g}"
 
 
 def selection_text(select: str) -> str:
@@ -488,6 +497,7 @@ def condition_name(condition: str) -> str:
         "val": "best on held-out",
         "test": "best on test, as papers do: too high",
         "searched": "searched rate",
+        "own": "own labels",
         "none": "no augmentation",
         "dsa": "DSA",
         "autoaugment": "AutoAugment",

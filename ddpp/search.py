@@ -184,6 +184,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     if not config.evaluate.full_epochs:
         raise UserError("a search ranks beside all real images: give --full-epochs above 0")
     networks.check_rate(config)
+    networks.check_own_labels(config, "search")
     dataset = data.load(config.data)
     runs.check_same_data(folder, synthetic.load(folder / "synthetic.safetensors")[1], dataset.fingerprint)
     usual = models.describe(replace(config.model, model="convnet", depth=None), dataset.shape)["depth"]

@@ -296,7 +296,8 @@ def _protocol(lines: Sequence[_Line]) -> str:
     over, chosen = defaultdict(list), defaultdict(list)
     for line in lines:
         options = line.runs[0].options
-        over[runs.spread_text(options["evaluate.networks"], line.distillations)].append(line.name)
+        spread = runs.spread_text(options["evaluate.networks"], line.distillations)
+        over[spread + runs.answers_text(line.runs[0].results["protocol"])].append(line.name)
         if not line.real:
             chosen[runs.selection_text(options["evaluate.select"])].append(line.name)
     images = f"; synthetic images of {_each(chosen)}" if chosen else ""

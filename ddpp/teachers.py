@@ -12,23 +12,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ddpp import augment, buffers, cli, data, models, networks, runs, seeds, training, trajectories
+from ddpp import buffers, cli, data, models, networks, runs, seeds, store, training, trajectories
 from ddpp.buffers import Source
 from ddpp.config import Config
 from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
 from ddpp.models import flat
-from ddpp.training import Backend, Recipe, Standing
-from ddpp.trajectories import Begun, Trajectory
+from ddpp.training import Backend, Standing
+from ddpp.trajectories import Begun
 
 _BUFFER, _VELOCITY = "buffer.", "velocity"
 _FEW_STEPS = 5  # in an epoch
@@ -51,8 +50,8 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
             teacher diverged.
         runs.Stopped: a signal asked to stop; finished teachers and epochs are kept.
     """
-    folder, count = folder_of(config, dataset), config.teachers.count
-    description = _describe(config, dataset)
+    folder, count = store.folder_of(config, dataset), config.teachers.count
+    description = store.describe(config, dataset)
     present = trajectories.open_folder(folder, description)
     missing = trajectories.missing(folder, count)
     if not missing:
@@ -89,10 +88,10 @@ def bring(
         runs.Stopped: a signal asked to stop; teachers that were brought are kept.
     """
     buffers.check(config.model)
-    folder, settings = folder_of(config, dataset), config.teachers
+    folder, settings = store.folder_of(config, dataset), config.teachers
     layout = flat.layout(models.build(config.model, dataset.shape, len(dataset.classes), seed=config.run.seed))
     sources = buffers.find(files, layout, count=settings.count, epochs=settings.epochs)
-    present = trajectories.open_folder(folder, _describe(config, dataset), settings.count)
+    present = trajectories.open_folder(folder, store.describe(config, dataset), settings.count)
     for index, found in present.items():
         buffers.check_same(found.path, found.meta, sources[index])
     if len(present) == settings.count:
@@ -104,79 +103,10 @@ def bring(
     return folder
 
 
-def open_all(folder: Path, config: Config, dataset: Dataset, network: nn.Module) -> list[Trajectory]:
-    """The first ``config.teachers.count`` teachers of a folder, checked to fit data set and network.
-
-    Raises:
-        UserError: one is missing, damaged, foreign, or of another data set, architecture or recipe.
-    """
-    count = config.teachers.count
-    found = trajectories.open_folder(folder, _describe(config, dataset), count)
-    if len(found) < count:
-        raise UserError(f"{folder} holds {len(found)} of {count} teachers. Train them: python -m ddpp.teachers")
-    wanted = flat.layout(network)
-    for trajectory in found.values():
-        if trajectory.layout != wanted:
-            raise UserError(f"{trajectory.path} holds other parameters than the network has")
-    return list(found.values())
-
-
-def folder_of(config: Config, dataset: Dataset) -> Path:
-    """Where the teachers of a configuration are."""
-    if config.teachers.folder:
-        return Path(config.teachers.folder)
-    parts = [dataset.name, *([dataset.preprocessing] if dataset.preprocessing != "channel" else [])]
-    options = models.describe(config.model, dataset.shape)
-    parts.append(options.pop("model"))
-    if source := options.pop("plugin", None):
-        parts.append(source[:8])
-    parts += [f"{name[0]}{value}" for name in ("depth", "width") if (value := options.pop(name, None))]
-    usual = asdict(type(config.model)())
-    parts += [value for name, value in options.items() if value != usual[name]]
-    if config.teachers.sharpness_radius:
-        parts.append(f"flat{config.teachers.sharpness_radius:g}-{config.teachers.sharpness_weight:g}")
-    return Path("teachers") / "-".join(parts)
-
-
-def _describe(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """What makes teachers equal but for seed and index."""
-    return {
-        "dataset": dataset.describe(),
-        "model": models.describe(config.model, dataset.shape),
-        "recipe": _recipe_by_name(config),
-        "augmentation": {"groups": list(_groups(config, dataset)), "mode": config.augment.mode},
-    }
-
-
-def _groups(config: Config, dataset: Dataset) -> tuple[str, ...]:
-    return augment.groups_for(config.augment.strategy, dataset.strategy)
-
-
-def _recipe(config: Config) -> Recipe:
-    settings = config.teachers
-    return Recipe(
-        settings.epochs,
-        settings.lr,
-        settings.momentum,
-        settings.weight_decay,
-        settings.batch,
-        sharpness_radius=settings.sharpness_radius,
-        sharpness_weight=settings.sharpness_weight if settings.sharpness_radius else 0.0,
-    )
-
-
-def _recipe_by_name(config: Config) -> dict[str, Any]:
-    """So that older teachers still fit, the sharpness stands there only where it is searched, the optimiser never."""
-    recipe = asdict(_recipe(config))
-    del recipe["optimizer"]
-    flat_minima = config.teachers.sharpness_radius > 0
-    return {name: value for name, value in recipe.items() if flat_minima or not name.startswith("sharpness")}
-
-
 def _complete(config: Config, dataset: Dataset, make: _Make, images: int, progress: bool) -> None:
     """Makes the teachers that the folder lacks, each of so many images on the bar, beside others that make some."""
-    folder, count = folder_of(config, dataset), config.teachers.count
-    description = _describe(config, dataset)
+    folder, count = store.folder_of(config, dataset), config.teachers.count
+    description = store.describe(config, dataset)
     missing = trajectories.missing(folder, count)
     bar = networks.images_bar("teachers", len(missing) * images, shown=progress)
     with runs.Interruption() as interruption, bar:
@@ -284,10 +214,10 @@ def _train_one(
         model,
         dataset.train_images,
         dataset.train_labels,
-        _recipe(config),
+        store.recipe(config),
         backend,
         seed=seeds.derive(*key, "training"),
-        groups=_groups(config, dataset),
+        groups=store.groups(config, dataset),
         mode=config.augment.mode,
         start=start,
         on_step=on_step,
@@ -337,7 +267,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     dataset, device = data.load(config.data), cli.device(config)
     files = [Path(name) for name in args.from_buffers]
     folder = bring(config, dataset, files, device) if files else train(config, dataset, device)
-    found = trajectories.open_folder(folder, _describe(config, dataset), config.teachers.count)
+    found = trajectories.open_folder(folder, store.describe(config, dataset), config.teachers.count)
     last = statistics.fmean(t.accuracy()[-1] for t in found.values())
     part = "the held-out images" if len(dataset.val_labels) else "a sample of the training images"
     if files and len(dataset.val_labels):

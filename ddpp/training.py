@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from ddpp.config import RunConfig
 from ddpp.data import Images
 from ddpp.dual import ConvNetStep
 from ddpp.errors import UserError
-from ddpp.gpu import Graphs, captured
+from ddpp.gpu import Graphs, captured, send
 from ddpp.models import Network, flat
 from ddpp.ops import dsa_augment
 from ddpp.ops._library import implementation
@@ -38,7 +39,9 @@ class Recipe:
         sharpness_radius: of the adaptive ball in which GSAM (arXiv 2203.08065) looks for the worst parameters, as FTD's
             teachers do (arXiv 2211.11004); 0 is plain SGD.
         sharpness_weight: of GSAM's surrogate gap.
-        optimizer: ``"sgd"`` or ``"adam"`` (arXiv 1412.6980).
+        optimizer: ``"sgd"``, ``"adam"`` (arXiv 1412.6980) or ``"adamw"`` (arXiv 1711.05101).
+        temperature: at which a teacher's answers are learned in place of the labels; 0 where the labels are.
+        cutmix: whether a batch's images get a part of each other (arXiv 1905.04899) before the teacher answers.
     """
 
     epochs: int
@@ -50,6 +53,8 @@ class Recipe:
     sharpness_radius: float = 0.0
     sharpness_weight: float = 0.0
     optimizer: str = "sgd"
+    temperature: float = 0.0
+    cutmix: bool = False
 
     def rate(self, epoch: int) -> float:
         """The learning rate in an epoch, counted from 0."""
@@ -101,6 +106,8 @@ def fit(
     seed: int,
     groups: Collection[str] = (),
     mode: str = "one",
+    policy: Callable[[Tensor], Tensor] | None = None,
+    teacher: nn.Module | None = None,
     start: Standing = BEGINNING,
     on_step: Callable[[int], object] | None = None,
     on_epoch: Callable[[Standing], None] | None = None,
@@ -114,6 +121,9 @@ def fit(
             -sum softmax(labels) log_softmax(outputs), as in DATM (arXiv 2310.05773).
         groups: augmentation groups, none for no augmentation.
         mode: ``"one"`` group a batch, or ``"all"`` of them.
+        policy: what else is done to each batch.
+        teacher: a network on the backend's device, set to evaluate; with the recipe's ``temperature`` T the loss is T^2
+            times the cross-entropy of outputs / T with softmax(answers / T) (arXiv 1503.02531), whatever the labels.
         start: where an earlier training of this network by SGD stood; the rest of it gives the same bytes as the whole.
         on_step: called after each update with the number of its images.
         on_epoch: called after each epoch.
@@ -122,14 +132,18 @@ def fit(
         Whether every parameter is finite: one that once was not stays so. A network that diverged keeps what it became.
 
     Raises:
-        UserError: no images, not as many labels, or labels that the network has no output for.
+        UserError: no images, not as many labels, or labels that the network has no output for; a temperature without
+            a teacher.
     """
     _check_labels(model, images, labels)
+    if recipe.temperature and teacher is None:
+        raise UserError(f"temperature {recipe.temperature} is that of a teacher's answers, and there is no teacher")
+    answers = _answers(teacher, recipe, seed, backend) if teacher and recipe.temperature else None
     device = backend.device
     model.to(device).train()
     kind = next(model.parameters()).dtype if labels.is_floating_point() else labels.dtype
     images, labels = images.to(device), labels.to(device, kind)
-    gradients = _gradients(model, backend)
+    gradients = _gradients(model, backend, recipe.temperature or 1.0)
     optimizer = _optimizer(gradients.parameters, recipe, recipe.rate(start.epochs))
     _set_velocity(optimizer, gradients.parameters, start.velocity)
     for epoch, batches in _epochs(images.shape, recipe, seed, device, groups, mode, start.epochs):
@@ -137,9 +151,11 @@ def fit(
             optimizer = _optimizer(gradients.parameters, recipe, recipe.rate(epoch))
         for chosen, plan in batches:
             batch = images[chosen] if plan is None else dsa_augment(images[chosen], plan, fused=backend.fused)
-            gradients.set(batch, labels[chosen])
+            batch = policy(batch) if policy else batch
+            batch, targets = answers(batch) if answers else (batch, labels[chosen])
+            gradients.set(batch, targets)
             if recipe.sharpness_radius:
-                _flatten_gradient(gradients, batch, labels[chosen], recipe)
+                _flatten_gradient(gradients, batch, targets, recipe)
             optimizer.step()
             if on_step:
                 on_step(len(chosen))
@@ -166,22 +182,27 @@ def _check_labels(model: nn.Module, images: Tensor | Images, labels: Tensor) -> 
 
 
 class _Autograd:
-    """Sets the gradients of any network's mean cross-entropy by its parameters."""
+    """Sets the gradients of T^2 times the mean cross-entropy of any network's outputs / T, by its parameters."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.parameters = model, list(model.parameters())
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        self.model, self.parameters, self.temperature = model, list(model.parameters()), temperature
 
     def set(self, images: Tensor, labels: Tensor) -> None:
         self.model.zero_grad()
         targets = labels.softmax(1) if labels.is_floating_point() else labels
-        F.cross_entropy(self.model(images), targets).backward()
+        loss = F.cross_entropy(self.model(images) / self.temperature, targets)
+        (self.temperature**2 * loss).backward()
 
 
 class _Fused:
-    """The same for a ConvNet, by one flat vector, of which the network's parameters become views."""
+    """The same for a ConvNet, by one flat vector, of which the network's parameters become views.
 
-    def __init__(self, model: Network, backend: Backend) -> None:
+    Its outputs / T are the outputs of a network whose classifier, the last of its parameters, is divided by T.
+    """
+
+    def __init__(self, model: Network, backend: Backend, temperature: float) -> None:
         self.step, self.theta = ConvNetStep(model, backend.tile), nn.Parameter(flat.flatten(model))
+        self.temperature, self.below = temperature, flat.size(flat.layout(model.features))
         self.gradient = partial(backend.graphs(), self.step.gradient) if backend.graphs else self.step.gradient
         self.parameters = [self.theta]
         views = flat.unflatten(self.theta.detach(), self.step.layout)
@@ -189,11 +210,18 @@ class _Fused:
             parameter.data = views[name]
 
     def set(self, images: Tensor, labels: Tensor) -> None:
-        self.theta.grad = self.gradient(self.theta.detach(), images, labels)
+        theta = self.theta.detach()
+        if self.temperature == 1:
+            self.theta.grad = self.gradient(theta, images, labels)
+            return
+        scaled = torch.cat([theta[: self.below], theta[self.below :] / self.temperature])
+        gradient = self.temperature * self.gradient(scaled, images, labels)
+        gradient[: self.below] *= self.temperature
+        self.theta.grad = gradient
 
 
-def _gradients(model: nn.Module, backend: Backend) -> _Autograd | _Fused:
-    return _Fused(model, backend) if _suits(model, backend) else _Autograd(model)
+def _gradients(model: nn.Module, backend: Backend, temperature: float) -> _Autograd | _Fused:
+    return _Fused(model, backend, temperature) if _suits(model, backend) else _Autograd(model, temperature)
 
 
 def _suits(model: nn.Module, backend: Backend) -> TypeGuard[Network]:
@@ -243,10 +271,7 @@ def accuracy(
     """
     training = model.training
     model.eval()
-    outputs: Callable[[Tensor], Tensor] = model
-    if _suits(model, backend):
-        outputs = partial(ConvNetStep(model, backend.tile).logits, flat.flatten(model))
-    device = backend.device
+    outputs, device = _outputs(model, backend), backend.device
     images, labels = images.to(device), labels.to(device)
     right = torch.zeros((), dtype=torch.int64, device=device)
     for part, truth in zip(images.split(batch), labels.split(batch), strict=True):
@@ -255,9 +280,46 @@ def accuracy(
     return 100 * int(right) / len(labels)
 
 
+def _outputs(model: nn.Module, backend: Backend) -> Callable[[Tensor], Tensor]:
+    """What gives a network's outputs fastest; those that it has now."""
+    if _suits(model, backend):
+        return partial(ConvNetStep(model, backend.tile).logits, flat.flatten(model))
+    return model
+
+
+def _answers(
+    teacher: nn.Module, recipe: Recipe, seed: int, backend: Backend
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """From a batch to what is shown of it, and the teacher's answers to that at the recipe's temperature, as logits."""
+    outputs, numbers = _outputs(teacher, backend), itertools.count()
+
+    @torch.no_grad()
+    def asked(images: Tensor) -> tuple[Tensor, Tensor]:
+        if recipe.cutmix:
+            images = _cutmix(images, seeds.generator(seed, "cutmix", next(numbers)))
+        return images, outputs(images) / recipe.temperature
+
+    return asked
+
+
+def _cutmix(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Each image [n, C, H, W] with a box of another one, of an area uniform in [0, 1], cut at the borders."""
+    count, _, height, width = images.shape
+    order = send(torch.randperm(count, generator=draw), images.device)
+    area, *centre = torch.rand(3, generator=draw, dtype=torch.float64).tolist()
+    spans = []
+    for at, size in zip(centre, (height, width), strict=True):
+        middle, half = int(at * size), int(size * area**0.5) // 2
+        spans.append(slice(max(middle - half, 0), middle + half))
+    mixed = images.clone()
+    mixed[:, :, spans[0], spans[1]] = images[order, :, spans[0], spans[1]]
+    return mixed
+
+
 def _optimizer(parameters: list[nn.Parameter], recipe: Recipe, lr: float) -> Optimizer:
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=recipe.weight_decay, fused=True)
+    if recipe.optimizer in ("adam", "adamw"):
+        rule = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+        return rule(parameters, lr, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.SGD(parameters, lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpp import config, data, distill, models, runs, seeds, synthetic, teachers, training
+from ddpp import config, data, distill, models, runs, seeds, store, synthetic, teachers, training
 from ddpp.config import Config, DistillConfig, ModelConfig, TeachersConfig
 from ddpp.errors import UserError
 from ddpp.methods import Update
@@ -122,7 +122,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[Tens
     dataset = data.load(settings.data)
     teachers.train(settings, dataset, torch.device("cpu"), progress=False)
     network = models.build(settings.model, dataset.shape, 10, seed=0)
-    found = teachers.open_all(folder, settings, dataset, network)
+    found = store.open_all(folder, settings, dataset, network)
     return settings, [t.rows(4, 4)[0] for t in found], folder
 
 
@@ -132,7 +132,7 @@ def started(
     dataset = data.load(settings.data)
     network = models.build(settings.model, dataset.shape, 10, seed=0)
     first = synthetic.start(dataset, ipc, init, 0.02, 0)
-    found = teachers.open_all(Path(str(settings.teachers.folder)), settings, dataset, network)
+    found = store.open_all(Path(str(settings.teachers.folder)), settings, dataset, network)
     soft = synthetic.start_from_teachers(first, dataset, network, found, init=init, labels=labels, seed=0, space=space)
     return soft, network
 
@@ -158,7 +158,7 @@ def test_soft_labels_are_answers_to_what_the_numbers_hold(trained: tuple[Config,
     assert torch.equal(first.images, plain.images) and not torch.allclose(first.labels, plain.labels, atol=0.1)
     dataset = data.load(settings.data)
     network = models.build(settings.model, dataset.shape, 10, seed=0)
-    found = teachers.open_all(Path(str(settings.teachers.folder)), settings, dataset, network)
+    found = store.open_all(Path(str(settings.teachers.folder)), settings, dataset, network)
     truth = torch.arange(10).repeat_interleave(4)
     of = replace(first, images=blurred.decode(blurred.encode(first.images)), labels=truth)
     wanted = synthetic.start_from_teachers(of, dataset, network, found, init="real", labels="soft", seed=0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpp import data, distill, models, runs, teachers, training, trajectories
+from ddpp import data, distill, models, runs, store, teachers, training, trajectories
 from ddpp.config import Config, DataConfig, ModelConfig, TeachersConfig
 from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
@@ -94,7 +94,7 @@ def test_outputs_are_those_of_the_other_code(
     folder = bring(config, dataset, saved(tmp_path / "replay_buffer_0.pt", held))
     ours = models.build(config.model, dataset.shape, CLASSES, seed=0).double()
     images = dataset.train_images[:5].double()
-    for found, expected in zip(teachers.open_all(folder, config, dataset, ours), held, strict=True):
+    for found, expected in zip(store.open_all(folder, config, dataset, ours), held, strict=True):
         for epoch, snapshot in enumerate(expected):
             flat.load_flat_(ours, found.rows(epoch, 0)[0].double())
             for parameter, value in zip(theirs.parameters(), snapshot, strict=True):
@@ -330,11 +330,11 @@ def test_a_folder_of_other_teachers_is_refused(tmp_path: Path, digits: Dataset) 
 
 def test_first_epochs_of_a_teacher_in_training_are_not_lost(tmp_path: Path, digits: Dataset) -> None:
     file, config = saved(tmp_path / "replay_buffer_0.pt", buffer()), settings(tmp_path / "teachers")
-    with trajectories.begin(tmp_path / "teachers", 1, teachers._describe(config, digits), 0) as begun:
+    with trajectories.begin(tmp_path / "teachers", 1, store.describe(config, digits), 0) as begun:
         assert begun
         begun.add(torch.zeros(3), 10.0, {})
         begun.keep()
     with pytest.raises(UserError, match="holds the first epochs of a teacher in training"):
         bring(config, digits, file)
-    with trajectories.begin(tmp_path / "teachers", 1, teachers._describe(config, digits), 0) as begun:
+    with trajectories.begin(tmp_path / "teachers", 1, store.describe(config, digits), 0) as begun:
         assert begun and begun.epochs == 0

@@ -5,6 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,7 @@ from ddpp.methods import METHODS, Problem, Update
 from ddpp.models import flat
 from ddpp.ops._library import implementation
 from ddpp.ops._streams import SIDES, Beside, side_streams
+from ddpp.profile import MadeUp
 from ddpp.synthetic import Synthetic
 from ddpp.unroll import matching_gradients, provider, training_gradients
 
@@ -349,16 +351,17 @@ def test_nobody_waits_within_an_unroll(name: str, soft: bool, monkeypatch: pytes
         matching_gradients(**p, step=step, checkpoint_every=2)
 
 
-@pytest.mark.parametrize("name", ["bptt", "dc", "dsa", "dm"])
+@pytest.mark.parametrize("name", ["bptt", "dc", "dsa", "dm", "sre2l"])
 def test_nobody_waits_within_an_outer_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of methods that look at real images; cafe asks for an accuracy after each epoch, and kip tells its own."""
+    """Of methods that look at real images. Cafe asks for an accuracy after each epoch, and kip tells its own."""
     settings = Config(
         model=ModelConfig(width=8), distill=DistillConfig(real_batch=8, loops=2, inner_steps=3, inner_optimizer="adam")
     )
     dataset = data.load(settings.data)
     network = models.build(settings.model, dataset.shape, 10, seed=0)
     groups = augment.groups_for("auto", dataset.strategy)
-    method = METHODS.get(name)(Problem(settings, dataset, network, [], groups, torch.device("cpu")))
+    alone = Problem(settings, dataset, network, [], groups, torch.device("cpu"))
+    method = METHODS.get(name)(replace(alone, teachers=[MadeUp.of(alone)]))
     start = synthetic.start(dataset, 2, "real", 0.01, 0)
     memory = method.update(start, 0, {}).memory  # what is made once
     monkeypatch.setattr(unroll, "_may_be_read", lambda tensor: False)  # as on a GPU

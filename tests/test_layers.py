@@ -29,6 +29,7 @@ LEVELS: dict[str, float] = {
     "unroll": 3,
     "training": 3,
     "networks": 3.2,
+    "store": 3.2,
     "parameterization": 3,
     "scores": 3,
     "synthetic": 3.5,  # may ask teachers

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpp import config, data, distill, evaluate, models, registry, runs, synthetic, teachers, training
+from ddpp import config, data, distill, evaluate, models, registry, runs, store, synthetic, teachers, training
 from ddpp.data import DATASETS
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, own_options
@@ -224,14 +224,14 @@ def test_teachers_are_of_one_network(tmp_path: Path, capsys: pytest.CaptureFixtu
     load_again(path)
     settings = config.Config().with_values({"model": {"model": "one-layer"}, "data": {"dataset": "stripes"}}, "test")
     dataset = data.load(settings.data)
-    folders = [teachers.folder_of(settings, dataset)]
-    folders.append(teachers.folder_of(settings.with_values({"model": {"activation": "sigmoid"}}, "test"), dataset))
+    folders = [store.folder_of(settings, dataset)]
+    folders.append(store.folder_of(settings.with_values({"model": {"activation": "sigmoid"}}, "test"), dataset))
     own = ["--plugins", str(path), "--dataset", "stripes", "--model", "one-layer", "--threads", "1"]
     train = [*own, "--count", "1", "--epochs", "1", "--folder", str(tmp_path / "teachers")]
     assert teachers.main(train) == 0
     path.write_text(OWN_DATA_AND_NETWORK.replace("nn.ReLU", "nn.Tanh"), encoding="utf-8")
     load_again(path)
-    folders.append(teachers.folder_of(settings, dataset))
+    folders.append(store.folder_of(settings, dataset))
     assert len(set(folders)) == 3
     assert teachers.main(train) == 2
     assert "plugin is" in capsys.readouterr().err

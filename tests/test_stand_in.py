@@ -47,12 +47,15 @@ MOVED = {
     "dm": "--method dm",
     "cafe": "--method cafe",
     "kip": "--method kip --strategy none --norm none --pooling none",
+    "sre2l": "--method sre2l",
 }
 GRAPH_OF_GRAPHS = ("pure PyTorch", "unrolled")
 CHOSEN = {
     "herding": "--method herding",
     "kcenter": "--method kcenter",
     "forgetting": "--method forgetting",
+    "rded": "--method rded --rded-candidates 20 --rded-patches 2",
+    "teacher's answers": "--method random --evaluate-labels teacher --evaluate-cutmix",
     "policies": "--method random --evaluate-augmentations none dsa autoaugment randaugment imagenet",
     "adam": "--method random --evaluate-optimizer adam --evaluate-lr 0.001",
     "searched rate": "--method random --evaluate-search-lr --evaluate-select all",
@@ -188,9 +191,9 @@ def test_a_run_with_captured_inner_steps(
 
 
 @pytest.mark.parametrize("case", CHOSEN)
-def test_the_same_images_are_chosen_and_networks_are_as_good(case: str, tmp_path: Path) -> None:
-    devices = "cpu", "stand-in"
-    wanted, found = (distilled(CHOSEN[case].split(), tmp_path / device, device) for device in devices)
+def test_the_same_images_are_chosen_and_networks_are_as_good(case: str, folder: Path, tmp_path: Path) -> None:
+    devices, arguments = ("cpu", "stand-in"), [*CHOSEN[case].split(), "--teachers-folder", str(folder)]
+    wanted, found = (distilled(arguments, tmp_path / device, device) for device in devices)
     assert torch.equal(found.images, wanted.images) and torch.equal(found.labels, wanted.labels)
     theirs, mine = (json.loads((tmp_path / d / "results.json").read_text())["models"]["convnet"] for d in devices)
     for name, figures in theirs.items():

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddpp import data, models, runs, seeds, teachers, training, trajectories
+from ddpp import data, models, runs, seeds, store, teachers, training, trajectories
 from ddpp.config import AugmentConfig, Config, DataConfig, ModelConfig, RunConfig, TeachersConfig
 from ddpp.data import Dataset
 from ddpp.errors import UserError
@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def open_all(folder: Path, config: Config, dataset: Dataset) -> list[Trajectory]:
     network = models.build(config.model, dataset.shape, len(dataset.classes), seed=0)
-    return teachers.open_all(folder, config, dataset, network)
+    return store.open_all(folder, config, dataset, network)
 
 
 def test_snapshots_follow_the_training(tmp_path: Path, dataset: Dataset) -> None:
@@ -193,7 +193,7 @@ def test_teachers_of_another_network_are_refused(tmp_path: Path, dataset: Datase
     train(config, dataset)
     network = models.build(ModelConfig(width=8), dataset.shape, 10, seed=0)
     with pytest.raises(UserError, match="holds other parameters than the network has"):
-        teachers.open_all(tmp_path, config, dataset, network)
+        store.open_all(tmp_path, config, dataset, network)
 
 
 def test_missing_damaged_and_foreign_files(tmp_path: Path, dataset: Dataset) -> None:
@@ -229,13 +229,13 @@ def test_a_folder_that_cannot_be_written_is_said_before_training(
 
 def test_the_folders_name_tells_data_set_and_architecture(dataset: Dataset) -> None:
     def name(**options: object) -> str:
-        return str(teachers.folder_of(Config(model=ModelConfig(**options)), dataset))
+        return str(store.folder_of(Config(model=ModelConfig(**options)), dataset))
 
     assert name() == "teachers/digits-convnet-d2-w128"
     assert name(width=32, depth=1, norm="batch", pooling="max") == "teachers/digits-convnet-d1-w32-batch-max"
     assert name(model="vgg11") == "teachers/digits-vgg11"
     whitened = replace(dataset, preprocessing="zca")
-    assert str(teachers.folder_of(Config(), whitened)) == "teachers/digits-zca-convnet-d2-w128"
+    assert str(store.folder_of(Config(), whitened)) == "teachers/digits-zca-convnet-d2-w128"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -335,7 +335,7 @@ def test_rows_that_cannot_be_used_are_computed_again(
         rows[file].write_bytes(rows[file].read_bytes()[:500])
     else:
         rows[file].unlink()
-    begun = Begun(tmp_path / "cut", 0, {**teachers._describe(config, dataset), "seed": 0, "index": 0})
+    begun = Begun(tmp_path / "cut", 0, {**store.describe(config, dataset), "seed": 0, "index": 0})
     assert begun.epochs == file - 1
     assert contents(train(config, dataset)) == contents(tmp_path / "whole")
 
@@ -386,7 +386,7 @@ class Elsewhere:
         self.folder = Path(config.teachers.folder)
         self.result = train(replace(config, teachers=replace(config.teachers, folder=f"{self.folder}-whole")), dataset)
         self.dies, self.waited, self.held = dies, 0, contextlib.ExitStack()
-        description = teachers._describe(config, dataset)
+        description = store.describe(config, dataset)
         self.begun = self.held.enter_context(trajectories.begin(self.folder, 1, description, config.run.seed))
         monkeypatch.setattr(time, "sleep", self.sleep)
 
@@ -435,13 +435,13 @@ def test_a_teacher_that_was_just_finished_is_not_trained_again(
         return found
 
     monkeypatch.setattr(trajectories, "missing", missing)
-    with trajectories.begin(elsewhere.folder, 2, teachers._describe(config, dataset), 0) as begun:
+    with trajectories.begin(elsewhere.folder, 2, store.describe(config, dataset), 0) as begun:
         assert begun and begun.meta["index"] == 1
 
 
 def test_processes_that_start_after_a_crash_tidy_up_together(tmp_path: Path, dataset: Dataset) -> None:
     """Threads that each open a lock are to the system what processes are."""
-    description = teachers._describe(settings(tmp_path), dataset)
+    description = store.describe(settings(tmp_path), dataset)
     for _ in range(20):
         for index in range(4):
             (tmp_path / f".teacher-{index:03d}").mkdir()

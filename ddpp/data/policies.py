@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpp import seeds
 from ddpp.data.base import library
@@ -15,39 +15,32 @@ from ddpp.errors import UserError, nearest
 POLICIES = ("autoaugment", "randaugment", "imagenet")
 
 
-class Augmented(nn.Module):
-    """A network that sees augmented images while it trains, and the images themselves otherwise.
+class Policy:
+    """What is done to the batches of one training, in their order.
 
     Images are brought back to pixels of 8 bits, clamped to what they can show, augmented one by one and brought forth
     again. ``autoaugment`` is its CIFAR-10 policy (arXiv 1805.09501), ``randaugment`` two operations of magnitude 9
     (arXiv 1909.13719), ``imagenet`` a random crop resized, a flip and jittered colours.
 
     Args:
-        network: gets images [N, C, H, W] of the space of ``transform``.
         policy: one of :data:`POLICIES`.
-        transform: from pixels to what the network is trained on.
+        transform: from pixels to what a network is trained on.
         side: of the images, in pixels.
         flip: whether a mirrored image keeps its label.
-        seed: of all draws; a network that is trained again sees the same images.
+        seed: of all draws.
 
     Raises:
         UserError: an unknown policy.
     """
 
-    def __init__(
-        self, network: nn.Module, policy: str, transform: Transform, *, side: int, flip: bool, seed: int
-    ) -> None:
-        super().__init__()
+    def __init__(self, policy: str, transform: Transform, *, side: int, flip: bool, seed: int) -> None:
         check_policy(policy)
-        self.network, self.transform, self.seed, self.step = network, transform, seed, 0
+        self.transform, self.seed, self.step = transform, seed, 0
         self.augment = _build(policy, side, flip=flip)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(self._augmented(images) if self.training else images)
-
     @torch.no_grad()
-    def _augmented(self, images: Tensor) -> Tensor:
-        """[N, C, H, W]"""
+    def __call__(self, images: Tensor) -> Tensor:
+        """[n, C, H, W]"""
         pixels = (255 * to_pixels_from(self.transform, images)).round().to(torch.uint8)
         # torchvision draws from the global generator alone
         with seeds.in_global_generator(seeds.derive(self.seed, "policy", self.step)):
