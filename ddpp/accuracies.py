@@ -35,6 +35,8 @@ class Row(NamedTuple):
 def read(folder: Path, evaluated: bool = False) -> dict[str, Any]:
     """The results of a finished run, with every option in ``config``, its data's ``fingerprint`` and its ``seed``.
 
+    Of a run with plugins also ``plugins``, digests of the code of its method and architecture.
+
     Args:
         evaluated: what ``python -m ddpp.evaluate`` has written last of the run, not the run's own results. The options
             are then those of that evaluation; ``seed`` is the distillation's in both cases.
@@ -57,7 +59,9 @@ def read(folder: Path, evaluated: bool = False) -> dict[str, Any]:
     # A run of an earlier version lacks options; they are what they are by default.
     config = Config().with_values(results["config"], str(path))
     config = config.with_values({"evaluate": {"optimizer": config.networks_optimizer}}, str(path))
-    return {**results, "config": asdict(config), "fingerprint": meta["fingerprint"], "seed": meta["seed"]}
+    data = runs.read_json(folder / "data.json") if (folder / "data.json").is_file() else {}
+    code = {"plugins": data["plugins"]} if "plugins" in data else {}
+    return {**results, **code, "config": asdict(config), "fingerprint": meta["fingerprint"], "seed": meta["seed"]}
 
 
 def merged(found: Sequence[Figure]) -> Figure:

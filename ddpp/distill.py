@@ -351,6 +351,18 @@ def _trajectories(config: Config, dataset: Dataset, network: torch.nn.Module, de
     return store.open_all(folder, config, dataset, network)
 
 
+def _check_same_teachers(folder: Path, found: list[Trajectory]) -> None:
+    """Refuses to go on with teachers of another seed or file than those that a run began with."""
+    path, told = folder / "teachers.json", [{"seed": t.meta["seed"], "imported": t.meta.get("imported")} for t in found]
+    if path.is_file() and runs.read_json(path)["teachers"] != told:
+        raise UserError(
+            f"{folder} was begun with other teachers than {found[0].path.parent} holds now; see {path}. Give "
+            "--teachers-folder, or choose another --out."
+        )
+    if found:
+        runs.write_json(path, {"teachers": told})
+
+
 def _check(config: Config, method: type[Method] | type[Selection]) -> None:
     """Refuses options that this method cannot follow, before anything is trained."""
     settings = config.distill
@@ -421,11 +433,18 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     settings, seed = config.distill, config.run.seed
     problem, method, first, space = prepare(config, cli.device(config), _name_of(args))
     dataset = problem.dataset
+    if method.needs_teachers or config.evaluate.labels == "teacher":  # which a run finds from any folder
+        teachers_folder = str(store.folder_of(config, dataset).resolve())
+        config = config.with_values({"teachers": {"folder": teachers_folder}}, "--teachers-folder")
+        problem = replace(problem, config=config)
     base = Path("runs") / f"{dataset.name}-{settings.method}-ipc{settings.ipc}-seed{seed}"
     out = Path(args.out) if args.out else runs.unused_folder(base)
     if args.resume:
         _check_steps(out, settings.steps)
-    with runs.open_folder(out, config, dataset.describe(), resume=args.resume) as folder:
+    code = {"method": METHODS.source(settings.method), "model": models.MODELS.source(config.model.model)}
+    code = {what: digest for what, digest in code.items() if digest}
+    described = dataset.describe() | ({"plugins": code} if code else {})
+    with runs.open_folder(out, config, described, resume=args.resume) as folder:
         print(f"run folder: {folder}")
         _run_in(folder, problem, method, first, space, resumed=args.resume)
 
@@ -452,6 +471,7 @@ def _run_in(
             runs.discard(folder)
         raise
     teachers_seconds = time.perf_counter() - began
+    _check_same_teachers(folder, trajectories)
     if settings.labels == "soft" and not trajectories:
         first = synthetic.with_soft_labels(first, len(dataset.classes))
     if trajectories:

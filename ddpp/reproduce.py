@@ -179,6 +179,8 @@ def _arguments_of(cell: Cell, settings: Config) -> list[str]:
     if resume:
         machine: Given = {}
         for section, name in (option.split(".") for option in runs.OF_THE_MACHINE):
+            if section not in SECTIONS:
+                continue  # a run knows its teachers
             machine.setdefault(section, {})[name] = getattr(getattr(settings, section), name)
         settings = runs.saved_config(cell.folder).with_values(machine, "reproduce")
     file = cell.folder.parent / f"{cell.folder.name}.toml"

@@ -33,7 +33,10 @@ from ddpp.errors import UserError
 TEMPORARY = ".partial-"
 _FIRST_FILES = {"config.toml", "data.json"}  # of a run folder
 #: Options of the machine: a run may go on with others, though not to the same bytes.
-OF_THE_MACHINE = ("run.device", "run.threads", "run.plugins", "run.cuda_graphs", "data.data_root", "data.download")
+OF_THE_MACHINE = (
+    *("run.device", "run.threads", "run.plugins", "run.cuda_graphs", "data.data_root", "data.download"),
+    "teachers.folder",
+)
 
 
 class Unwritable(UserError):
@@ -344,7 +347,7 @@ def open_folder(path: Path, config: Config, data: dict[str, Any], *, resume: boo
     block no other process can open it.
 
     Args:
-        data: describes the run's data set; its ``fingerprint`` must not change.
+        data: describes the run's data set; its ``fingerprint`` must not change, nor the digests of ``plugins``.
 
     Raises:
         UserError: it holds another run, an unfinished one without ``resume``, or foreign files.
@@ -377,7 +380,12 @@ def _check_folder(path: Path, config: Config, data: dict[str, Any], resume: bool
             for name in ("results.json", "evaluation.json"):
                 (path / name).unlink(missing_ok=True)
         if (path / "data.json").is_file():
-            check_same_data(path, read_json(path / "data.json"), data["fingerprint"])
+            saved = read_json(path / "data.json")
+            check_same_data(path, saved, data["fingerprint"])
+            if saved.get("plugins", data.get("plugins")) != data.get("plugins"):
+                raise UserError(
+                    f"{path} was begun with a plugin that was edited since. Restore it, or choose another --out."
+                )
 
 
 def _contents(folder: Path) -> set[str]:

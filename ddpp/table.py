@@ -19,14 +19,15 @@ from ddpp.config import Config
 from ddpp.errors import UserError
 
 # What two runs of one row may differ in, beside options of other rows: seed, machine, and where teachers are kept.
-_OF_NO_ROW = {"run.seed", "teachers.folder", *runs.OF_THE_MACHINE} - {"run.plugins"}  # whose code may differ
+_OF_NO_ROW = {"run.seed", *runs.OF_THE_MACHINE}
 _ROOT = "data.data_root"
 # Told in any case, and told elsewhere: by names, columns and the protocol.
 _ALWAYS = {"data.dataset", "distill.ipc", "model.model", "evaluate.epochs", "evaluate.full_epochs"}
 _ELSEWHERE = {"distill.method", *(f"evaluate.{name}" for name in ("models", "augmentations", "networks", "select"))}
 # Options of an evaluation that networks on real images are trained by.
 _ON_REAL = ("networks", "momentum", "weight_decay", "batch")
-_ON_RANDOM = {"distill.ipc", *(f"evaluate.{name}" for name in (*_ON_REAL, "epochs", "lr", "optimizer"))}
+_ON_FEW = (*_ON_REAL, "epochs", "lr", "optimizer", "labels", "temperature", "cutmix")
+_ON_RANDOM = {"distill.ipc", *(f"evaluate.{name}" for name in _ON_FEW)}
 _ON_FULL = {f"evaluate.{name}" for name in (*_ON_REAL, "full_epochs", "full_lr")}
 
 Options = dict[str, Any]  # by section.name
@@ -149,7 +150,14 @@ def _read(folders: Sequence[Path], evaluated: bool) -> list[_Run]:
 
 
 def _options(results: dict[str, Any]) -> Options:
-    return {f"{section}.{name}": value for section, t in results["config"].items() for name, value in t.items()}
+    """With the code of plugins in place of where it stood, which runs of earlier versions alone tell."""
+    found = {f"{section}.{name}": value for section, t in results["config"].items() for name, value in t.items()}
+    code = results.get("plugins", {"method": " ".join(found["run.plugins"])})
+    return {
+        **found,
+        "distill.plugin": code.get("method", "")[:8] or None,
+        "model.plugin": code.get("model", "")[:8] or None,
+    }
 
 
 def _several_data(found: Sequence[dict[str, Any]], ignoring: str = "") -> tuple[int, int] | None:
@@ -229,21 +237,25 @@ def _trained_alike(found: Sequence[_Run], condition: str) -> list[list[_Run]]:
     recipes: dict[tuple[Any, ...], list[_Run]] = {}
     for run in found:
         if run.has(condition):
-            recipe = tuple(value for name, value in run.options.items() if _is_of(condition, name))
+            recipe = tuple(value for name, value in run.options.items() if _is_of(condition, name, run))
             recipes.setdefault(recipe, []).append(run)
     return list(recipes.values())
 
 
-def _is_of(condition: str, name: str) -> bool:
-    """Whether an option reaches the networks of a condition of real images."""
-    if name.partition(".")[0] in ("data", "model", "augment", "run"):
+def _is_of(condition: str, name: str, run: _Run) -> bool:
+    """Whether an option reaches a run's networks of a condition of real images."""
+    section = name.partition(".")[0]
+    if section in ("data", "model", "augment", "run"):
         return True
+    if section == "teachers":  # of which the first alone is asked
+        asked = run.options["evaluate.labels"] == "teacher" and condition not in ("full", "random/own")
+        return asked and name != "teachers.count"
     return name in (_ON_FULL if condition == "full" else _ON_RANDOM)
 
 
 def _of_real(everything: Sequence[_Run], run: _Run, condition: str) -> str:
     """A line's name, with those of its options that are others in another run."""
-    pools = {name: _that_read(everything, name) for name in run.options if _is_of(condition, name)}
+    pools = {name: _that_read(everything, name) for name in run.options if _is_of(condition, name, run)}
     return _with(runs.condition_name(condition), run, [name for name, pool in pools.items() if _differs(pool, name)])
 
 

@@ -21,6 +21,7 @@ from ddpp.errors import UserError
 from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.methods import ddpp as ddpp_method
 from ddpp.synthetic import Synthetic
+from ddpp.teachers import main as train_teachers
 
 TOY = [
     *("--width", "8", "--threads", "1"),
@@ -112,6 +113,34 @@ def test_a_killed_run_continues_to_the_same_bytes(
     assert distill.main(["--out", str(out), "--resume"]) == 0
     for name in ("synthetic.safetensors", "log.jsonl"):
         assert (out / name).read_bytes() == (long / name).read_bytes(), name
+
+
+def test_a_run_goes_on_from_another_folder_with_its_own_teachers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which have another seed than those that it would train."""
+    monkeypatch.chdir(tmp_path)
+    same = ["--width", "8", "--threads", "1", "--epochs", "3", "--count", "2"]
+    assert train_teachers([*same, "--seed", "5"]) == 0
+    assert distill.main([*TOY, "--steps", "4", "--out", "whole"]) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    assert distill.main(["--out", "whole", "--resume", "--steps", "6"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert distill.main(["--out", "../cut", "--resume", "--steps", "6"]) == 0
+    assert "training" not in capsys.readouterr().out
+    one, other = (tmp_path / name / "synthetic.safetensors" for name in ("whole", "cut"))
+    assert one.read_bytes() == other.read_bytes()
+    assert train_teachers([*same, "--seed", "6"]) == 0
+    (folder,) = (tmp_path / "elsewhere" / "teachers").iterdir()
+    others = ["--teachers-folder", str(folder)]
+    assert distill.main(["--out", "../cut", "--resume", "--steps", "7", *others]) == 2
+    assert f"cut was begun with other teachers than {folder} holds now" in capsys.readouterr().err
+    moved = tmp_path / "moved"
+    (tmp_path / "teachers").rename(moved)
+    (folder,) = moved.iterdir()
+    assert distill.main(["--out", "../cut", "--resume", "--steps", "7", "--teachers-folder", str(folder)]) == 0
 
 
 def test_a_run_goes_on_where_its_folder_of_images_has_another_name(

@@ -269,6 +269,22 @@ def test_a_wrong_update_is_one_line(
     assert re.search(f"ddpp.distill: error: the method's (update )?{WRONG_UPDATES[wrong]}", line)
 
 
+def test_a_run_does_not_go_on_with_an_edited_plugin(
+    means: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert distill.main(["--plugins", str(means), "--method", "means", *SHORT, "--out", str(out)]) == 0
+    assert distill.main(["--resume", "--steps", "4", "--out", str(out)]) == 0
+    code = means.read_text(encoding="utf-8")
+    for more, expected in (("# edited", 2), ("", 0)):
+        means.write_text(code + more, encoding="utf-8")
+        METHODS._entries.pop("means")
+        sys.modules.pop(f"ddpp plugin {means.resolve()}")
+        assert distill.main(["--resume", "--steps", "5", "--out", str(out)]) == expected
+        told = f"{out} was begun with a plugin that was edited since. Restore it, or choose another --out."
+        assert (told in capsys.readouterr().err) == (expected == 2)
+
+
 def test_an_evaluation_of_another_plugin_begins_anew(means: Path, tmp_path: Path) -> None:
     """What an edited file gave is not mixed with what it gave before."""
     out = tmp_path / "run"

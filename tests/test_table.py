@@ -199,7 +199,38 @@ def test_random_images_of_one_evaluations_seed_count_once_only_at_one_rate(
 
 def test_methods_of_other_plugins_are_other_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [run(tmp_path / name, [50.0, 54.0], seed=i, run_plugins=(name,)) for i, name in enumerate("ab")]
-    assert {"ddpp, plugins a", "ddpp, plugins b"} <= set(shown(capsys, *folders)[0])
+    assert {"ddpp, plugin a", "ddpp, plugin b"} <= set(shown(capsys, *folders)[0])
+
+
+def test_a_plugin_is_known_by_its_code_and_not_by_its_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And a method of one leaves networks on real images what they are."""
+
+    def of(name: str, code: dict[str, str], **options: Any) -> Path:
+        folder = run(tmp_path / name, [50.0, 54.0], run_plugins=(name,), distill_method="mtt", **options)
+        runs.write_json(folder / "data.json", {"plugins": code})
+        return folder
+
+    own = {"method": "0123456789"}
+    same = [of("a", own, seed=0), of("b", own, seed=1), run(tmp_path / "c", [60.0, 64.0])]
+    rows, _ = shown(capsys, *same)
+    assert list(rows)[1:] == ["random real images", "mtt", "ddpp", "all real data"]
+    rows, _ = shown(capsys, *same, of("d", {"method": "987654321"}, seed=2))
+    assert {"mtt, plugin 01234567", "mtt, plugin 98765432", "all real data"} <= set(rows)
+    rows, _ = shown(capsys, *same, of("e", {**own, "model": "abcdefabcd"}, seed=2))
+    assert {"mtt, plugin by default", "mtt, plugin abcdefab", "all real data, plugin abcdefab"} <= set(rows)
+
+
+def test_random_images_are_those_of_one_teachers_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"evaluate_labels": "teacher", "teachers_count": 1}
+    few = [run(tmp_path / f"{m}", [50.0, 54.0], distill_method=m, **asked) for m in ("rded", "sre2l")]
+    own = run(tmp_path / "own", [50.0, 54.0], distill_method="dm", teachers_epochs=3)
+    other = run(tmp_path / "other", [50.0, 54.0], distill_method="random", teachers_epochs=9, **asked)
+    rows, _ = shown(capsys, *few, own, other)
+    assert [name for name in rows if name.startswith("random")] == [
+        "random real images, teachers-epochs 7, evaluate-labels teacher",
+        "random real images, evaluate-labels own",
+        "random real images, teachers-epochs 9, evaluate-labels teacher",
+    ]
 
 
 def test_all_real_data_that_only_some_runs_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
