@@ -441,12 +441,16 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else runs.unused_folder(base)
     if args.resume:
         _check_steps(out, settings.steps)
-    code = {"method": METHODS.source(settings.method), "model": models.MODELS.source(config.model.model)}
-    code = {what: digest for what, digest in code.items() if digest}
-    described = dataset.describe() | ({"plugins": code} if code else {})
-    with runs.open_folder(out, config, described, resume=args.resume) as folder:
+    with runs.open_folder(out, config, dataset.describe() | _code(config), resume=args.resume) as folder:
         print(f"run folder: {folder}")
         _run_in(folder, problem, method, first, space, resumed=args.resume)
+
+
+def _code(config: Config) -> dict[str, dict[str, str]]:
+    """Under ``plugins``, digests of their files that the method and the architecture are of."""
+    sources = {"method": METHODS.source(config.distill.method), "model": models.MODELS.source(config.model.model)}
+    code = {what: digest for what, digest in sources.items() if digest}
+    return {"plugins": code} if code or config.run.plugins else {}
 
 
 def _run_in(

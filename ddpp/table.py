@@ -152,12 +152,9 @@ def _read(folders: Sequence[Path], evaluated: bool) -> list[_Run]:
 def _options(results: dict[str, Any]) -> Options:
     """With the code of plugins in place of where it stood, which runs of earlier versions alone tell."""
     found = {f"{section}.{name}": value for section, t in results["config"].items() for name, value in t.items()}
-    code = results.get("plugins", {"method": " ".join(found["run.plugins"])})
-    return {
-        **found,
-        "distill.plugin": code.get("method", "")[:8] or None,
-        "model.plugin": code.get("model", "")[:8] or None,
-    }
+    code = {what: digest[:8] for what, digest in results["plugins"].items()} if "plugins" in results else None
+    code = {"method": " ".join(found["run.plugins"]) or None} if code is None else code
+    return {**found, "distill.plugin": code.get("method"), "model.plugin": code.get("model")}
 
 
 def _several_data(found: Sequence[dict[str, Any]], ignoring: str = "") -> tuple[int, int] | None:
