@@ -295,8 +295,9 @@ def compare(
         ``accuracy`` of the first architecture and ``models`` of all: for each of ``random``, the method's name and
         ``full`` the ``mean`` and ``std`` (ddof 1) over ``networks``, the accuracies of the single networks, all in
         percent, and how many of these ``diverged``, if any did; and ``protocol``, which says what was selected and
-        how. With ``select`` "all" the method's name stands for the last step, and beside it ``<method>/val`` and
-        ``<method>/test`` for the snapshots that were best there; with ``search_lr`` there are ``<method>/searched`` and
+        how, and with a teacher's answers its own accuracy. With ``select`` "all" the method's name stands for the last
+        step, and beside it ``<method>/val`` and ``<method>/test`` for the snapshots that were best there; with
+        ``search_lr`` there are ``<method>/searched`` and
         ``random/searched``, with a teacher's answers ``<method>/own`` and ``random/own`` for networks that learn the
         images' own labels, with ``augmentations`` ``<method>/<name>`` and ``random/<name>`` for each, and
         ``robustness``, see :func:`robustness`. Where there were several snapshots to choose from, ``snapshots`` of each
@@ -323,6 +324,8 @@ def compare(
     protocol = {"select": settings.select, "networks": settings.networks, "ddof": 1, "epochs": settings.epochs}
     if teacher:
         protocol |= {name: getattr(settings, name) for name in ("labels", "temperature", "cutmix")}
+        backend = Backend.of(config.run, device)
+        protocol["teacher"] = training.accuracy(teacher, dataset.test_images, dataset.test_labels, backend)
     if settings.search_lr:
         protocol["searched_on"] = "held-out" if len(dataset.val_labels) else "test"
     results = {"accuracy": next(iter(tables.values())), "models": tables, "protocol": protocol}

@@ -472,7 +472,8 @@ def answers_text(evaluation: dict[str, Any]) -> str:
     if evaluation.get("labels", "own") == "own":
         return ""
     mixed = " with CutMix" if evaluation["cutmix"] else ""
-    return f", on few images{mixed} by a teacher's answers at temperature {evaluation['temperature']:g}"
+    teacher = f"a teacher's answers (itself right on {evaluation['teacher']:.1f} %)"
+    return f", on few images{mixed} by {teacher} at temperature {evaluation['temperature']:g}"
 
 
 def selection_text(select: str) -> str:

@@ -155,7 +155,10 @@ def test_the_whole_job(name: str, folder: Path, tmp_path: Path) -> None:
             full_hard=mean["full"], synthetic_hard=mean[f"{name}/own"], synthetic=mean[name], random=mean["random"]
         )
     )
-    assert "on few images with CutMix by a teacher's answers at temperature 20;" in text
+    told = (
+        f"on few images with CutMix by a teacher's answers (itself right on {results['protocol']['teacher']:.1f} %) at"
+    )
+    assert f"{told} temperature 20;" in text and 15 < results["protocol"]["teacher"] <= 100
     assert results == json.loads((tmp_path / "two" / "results.json").read_text()) | {
         name: results[name] for name in ("seconds", "peak_memory_mb")
     }
