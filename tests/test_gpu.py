@@ -388,10 +388,10 @@ def test_nobody_waits_when_pixels_move() -> None:
 def trained(device: str, recipe: training.Recipe, graphs: Callable[[], Graphs] | None) -> Tensor:
     """A network's parameters after training on batches of two sizes."""
     images = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    network = models.build(ModelConfig(width=8), (1, 8, 8), 3, seed=0).double()
+    network, teacher = (models.build(ModelConfig(width=8), (1, 8, 8), 3, seed=seed).double() for seed in (0, 1))
     backend = training.Backend(torch.device(device), graphs=graphs)
     labels, draws = torch.arange(20) % 3, {"groups": augment.GROUPS, "mode": "all"}
-    assert training.fit(network, images, labels, recipe, backend, seed=0, **draws)
+    assert training.fit(network, images, labels, recipe, backend, seed=0, teacher=teacher.to(device).eval(), **draws)
     return flat.flatten(network)
 
 
@@ -399,6 +399,7 @@ RECIPES = {
     "momentum": training.Recipe(6, lr=0.05, momentum=0.9, weight_decay=0.01, batch=8, decay=True),
     "flat minima": training.Recipe(3, lr=0.05, batch=8, sharpness_radius=0.05, sharpness_weight=0.3),
     "adam": training.Recipe(6, lr=0.01, weight_decay=0.01, batch=8, decay=True, optimizer="adam"),
+    "a teacher's answers": training.Recipe(4, lr=0.01, batch=8, optimizer="adamw", temperature=4.0, cutmix=True),
 }
 
 
