@@ -15,7 +15,10 @@ from ddpp.config import Config
 from ddpp.errors import UserError
 
 #: Options that change no figure of a run's own set: of rows on all real data, and of what else was evaluated.
-OF_OTHER_ROWS = ("evaluate.full_epochs", "evaluate.full_lr", "evaluate.models", "evaluate.augmentations")
+OF_OTHER_ROWS = (
+    *("evaluate.full_epochs", "evaluate.full_lr", "evaluate.full_weight_decay"),
+    *("evaluate.models", "evaluate.augmentations"),
+)
 _LATEX = str.maketrans(
     {c: f"\\{c}" for c in "_%&#${}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}

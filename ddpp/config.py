@@ -264,6 +264,9 @@ class EvaluateConfig:
     batch: int = option(256, "Images in a batch.", low=1)
     full_epochs: int = option(30, "Epochs on all real images for the upper bound; 0 leaves it out.", low=0)
     full_lr: float = option(0.01, "Learning rate on all real images.", low=0)
+    full_weight_decay: float | None = option(
+        None, "Weight decay on all real images, by default that on few; AdamW's is of another scale.", low=0
+    )
     select: str = option(
         "final",
         "Which snapshot is reported: the last, the best on held-out or on test images, or all three side by side.",

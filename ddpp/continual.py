@@ -189,7 +189,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Learn classes group by group with a distilled memory, beside herding and random real images."
-    unread = ("models", "networks", "full_epochs", "full_lr", "select", "search_lr", "augmentations")
+    unread = (
+        "models",
+        "networks",
+        "full_epochs",
+        "full_lr",
+        "full_weight_decay",
+        "select",
+        "search_lr",
+        "augmentations",
+    )
     return cli.run_on_run("continual", description, _run, argv, arguments=_arguments, without=unread)
 
 

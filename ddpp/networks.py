@@ -52,14 +52,16 @@ def recipe(config: Config, step_size: float) -> Recipe:
     """How networks are trained on a set of few images, at its learned step size unless a rate is given."""
     s = config.evaluate
     lr = step_size if s.lr is None else s.lr
-    found = replace(recipe_on_all(config), epochs=s.epochs, lr=lr, optimizer=config.networks_optimizer)
+    found = replace(recipe_on_all(config), epochs=s.epochs, lr=lr, weight_decay=s.weight_decay)
+    found = replace(found, optimizer=config.networks_optimizer)
     return found if s.labels == "own" else replace(found, temperature=s.temperature, cutmix=s.cutmix)
 
 
 def recipe_on_all(config: Config) -> Recipe:
     """How networks are trained on all real images."""
     s = config.evaluate
-    return Recipe(s.full_epochs, s.full_lr, s.momentum, s.weight_decay, s.batch, decay=True)
+    decay = s.weight_decay if s.full_weight_decay is None else s.full_weight_decay
+    return Recipe(s.full_epochs, s.full_lr, s.momentum, decay, s.batch, decay=True)
 
 
 def images_bar(what: str, total: int, *, shown: bool = True) -> tqdm[NoReturn]:

@@ -241,14 +241,14 @@ def _rows(target: Table, cells: Sequence[Cell], dataset: str) -> list[Row]:
                     for name in target.architectures
                 ]
                 shown = [theirs.get(name, "") if key == method else "" for name in target.architectures]
-                rows.append(Row(_with(method, key), figures, shown))
+                rows.append(Row(_named(method, own) if key == method else _with(method, key), figures, shown))
             continue
         theirs, ipcs = published.get(dataset, {}).get(method, {}), dict.fromkeys(cell.ipc for cell in own)
         tables = [[(cell.results or {}).get("accuracy", {}) for cell in own if cell.ipc == ipc] for ipc in ipcs]
-        for key in (method, f"{method}/test"):
+        for key in (method, f"{method}/own", f"{method}/test"):
             figures = [accuracies.merged([table.get(key) for table in of_seeds]) for of_seeds in tables]
             if key == method:
-                rows.append(Row(method, figures, [theirs.get(str(ipc), "") for ipc in ipcs]))
+                rows.append(Row(_named(method, own), figures, [theirs.get(str(ipc), "") for ipc in ipcs]))
             elif any(figures):
                 rows.append(Row(runs.condition_name(key), figures, [""] * len(ipcs)))
     if not target.architectures:
@@ -258,6 +258,11 @@ def _rows(target: Table, cells: Sequence[Cell], dataset: str) -> list[Row]:
             name = "all real data" if len(seeds) == 1 else f"all real data (networks of seed {first.seed})"
             rows.append(Row(name, [first.results["accuracy"]["full"]] * count, [""] * count))
     return rows
+
+
+def _named(method: str, cells: Sequence[Cell]) -> str:
+    asked = any((cell.results or {}).get("protocol", {}).get("labels") == "teacher" for cell in cells)
+    return f"{method} (a teacher's answers)" if asked else method
 
 
 def _with(method: str, condition: str) -> str:
@@ -275,7 +280,7 @@ def _markdown(rows: list[Row], columns: Sequence[str], target: Table, cells: Seq
         body.append([name, *(itertools.chain(*zip(texts, shown, strict=True)) if papers else texts)])
     finished = [cell.results for cell in cells if cell.results]
     networks = finished[0]["protocol"]["networks"] if finished else 0
-    over = runs.spread_text(networks, seeds) + (runs.answers_text(finished[0]["protocol"]) if finished else "")
+    over = runs.spread_text(networks, seeds)
     minutes = sum(sum(found["seconds"].values()) for found in finished) / 60
     return "\n".join(
         [

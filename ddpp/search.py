@@ -147,7 +147,7 @@ def _summary(done: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _protocol(config: Config) -> dict[str, Any]:
-    names = ("epochs", "lr", "momentum", "weight_decay", "batch", "full_epochs", "full_lr")
+    names = ("epochs", "lr", "momentum", "weight_decay", "batch", "full_epochs", "full_lr", "full_weight_decay")
     return {"optimizer": config.networks_optimizer, **{name: getattr(config.evaluate, name) for name in names}}
 
 

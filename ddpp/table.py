@@ -28,7 +28,7 @@ _ELSEWHERE = {"distill.method", *(f"evaluate.{name}" for name in ("models", "aug
 _ON_REAL = ("networks", "momentum", "weight_decay", "batch")
 _ON_FEW = (*_ON_REAL, "epochs", "lr", "optimizer", "labels", "temperature", "cutmix")
 _ON_RANDOM = {"distill.ipc", *(f"evaluate.{name}" for name in _ON_FEW)}
-_ON_FULL = {f"evaluate.{name}" for name in (*_ON_REAL, "full_epochs", "full_lr")}
+_ON_FULL = {f"evaluate.{name}" for name in (*_ON_REAL, "full_epochs", "full_lr", "full_weight_decay")}
 
 Options = dict[str, Any]  # by section.name
 

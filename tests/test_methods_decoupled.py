@@ -330,3 +330,11 @@ def test_a_network_is_named_by_the_teacher_that_it_asks(folder: Path) -> None:
 
     asked = [models.build(config.model, digits.shape, 10, seed=seed) for seed in (0, 1)]
     assert len({part(None), *map(part, asked)}) == 3 and part(asked[0]) == part(asked[0])
+
+
+def test_networks_on_all_real_images_have_a_weight_decay_of_their_own() -> None:
+    config = Config().with_values({"evaluate": {"weight_decay": 0.01, "optimizer": "adamw"}}, "test")
+    assert networks.recipe_on_all(config).weight_decay == 0.01
+    config = config.with_values({"evaluate": {"full_weight_decay": 0.0005}}, "test")
+    assert networks.recipe_on_all(config).weight_decay == 0.0005 and networks.recipe_on_all(config).optimizer == "sgd"
+    assert networks.recipe(config, 0.1).weight_decay == 0.01 and networks.recipe(config, 0.1).optimizer == "adamw"

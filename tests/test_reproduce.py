@@ -85,6 +85,22 @@ def test_a_table_is_run_once(
     assert "other options (evaluate.epochs is 2 there and 3 here)" in capsys.readouterr().err
 
 
+def test_a_row_says_that_its_networks_learned_a_teachers_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside rows that did not."""
+    monkeypatch.setattr(reproduce, "QUICK", TINY)
+    monkeypatch.chdir(tmp_path)
+    assert reproduce.main(["table1", "--methods", "random", "rded", "--ipc", "1", "--out", "out"]) == 0
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:] == [
+        "random",
+        "rded (a teacher's answers)",
+        "rded (own labels)",
+        "all real data",
+    ]
+
+
 def test_a_run_that_was_cut_goes_on_where_its_data_are_by_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "QUICK", TINY)
     for part in ("train", "test"):
