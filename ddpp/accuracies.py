@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,23 @@ class Row(NamedTuple):
     published: Sequence[str] = ()  # what papers report there, in a table that shows it
 
 
+def results_in(path: Path, absent: str, again: str, needed: Collection[str] = ("models", "protocol")) -> dict[str, Any]:
+    """The results that a stage wrote.
+
+    Args:
+        absent: what it means that there are none.
+        again: the command that writes them again.
+        needed: what must be told.
+
+    Raises:
+        UserError: there are none, or they are damaged or another version's.
+    """
+    found = runs.read_json(path, absent)
+    if lacking := [name for name in needed if name not in found]:
+        raise UserError(f"{path} does not tell {', '.join(lacking)}: damaged, or of another version; run {again} again")
+    return found
+
+
 def read(folder: Path, evaluated: bool = False) -> dict[str, Any]:
     """The results of a finished run, with every option in ``config``, its data's ``fingerprint`` and its ``seed``.
 
@@ -50,15 +67,17 @@ def read(folder: Path, evaluated: bool = False) -> dict[str, Any]:
     if not (folder / "config.toml").is_file():
         raise UserError(f"{folder} is no run folder of ddpp.distill; check its name")
     path = folder / ("evaluation.json" if evaluated else "results.json")
-    unfinished = f"it is no finished run; continue it with ddpp.distill --out {folder} --resume"
-    unevaluated = f"it was not evaluated; do so with ddpp.evaluate {folder}, or leave out --evaluated"
-    results = runs.read_json(path, unevaluated if evaluated else unfinished)
+    resuming, evaluating = f"ddpp.distill --out {folder} --resume", f"ddpp.evaluate {folder}"
+    unfinished = f"it is no finished run; continue it with {resuming}"
+    unevaluated = f"it was not evaluated; do so with {evaluating}, or leave out --evaluated"
+    absent, again = (unevaluated, evaluating) if evaluated else (unfinished, resuming)
+    results = results_in(path, absent, again)
     if "config" not in results:
         raise UserError(
-            f"{path} is of an earlier version and does not say how; evaluate the run again with ddpp.evaluate {folder}"
+            f"{path} is of an earlier version and does not say how; evaluate the run again with {evaluating}"
             + ("" if evaluated else ", and give --evaluated")
         )
-    _, meta = synthetic.load(folder / "synthetic.safetensors")
+    _, meta = synthetic.load(folder / "synthetic.safetensors", ["fingerprint", "seed"])
     # A run of an earlier version lacks options; they are what they are by default.
     config = Config().with_values(results["config"], str(path))
     config = config.with_values({"evaluate": {"optimizer": config.networks_optimizer}}, str(path))

@@ -23,7 +23,7 @@ from ddpp import augment, cli, data, models, networks, runs, seeds, synthetic, t
 from ddpp.config import Config
 from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
-from ddpp.methods import METHODS, Problem, Selection
+from ddpp.methods import METHODS, Problem
 from ddpp.networks import Job, Trainings
 from ddpp.synthetic import Synthetic
 from ddpp.training import Backend, Recipe
@@ -85,7 +85,7 @@ def _real(
     """Memories of as many real images: herding's, and another random draw for each order."""
     network = models.build(config.model, dataset.shape, len(dataset.classes), seed=config.run.seed).to(device)
     selection = METHODS.get("herding")(Problem(config, dataset, network, [], groups, device))
-    assert isinstance(selection, Selection)
+    assert hasattr(selection, "choose")
     ipc, seed = config.distill.ipc, config.run.seed
     draws = [synthetic.real_images(dataset, ipc, "continual", n, seed=seed) for n in range(orders)]
     return {"herding": [selection.choose()] * orders, "random": draws}
@@ -167,7 +167,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     networks.check_rate(config)
     networks.check_own_labels(config, "continual")
     dataset = data.load(config.data)
-    runs.check_same_data(folder, synthetic.load(folder / "synthetic.safetensors")[1], dataset.fingerprint)
+    synthetic.of_run(folder, dataset)
     with runs.alone(folder, "continual"):
         result = continual(config, dataset, folder, args.steps, args.orders, cli.device(config))
         runs.write_json(folder / "continual.json", result)

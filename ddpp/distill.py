@@ -11,7 +11,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -266,10 +266,19 @@ def distill(
     return state
 
 
-def select(selection: Selection, folder: Path, device: torch.device) -> State:
-    """A set that needs no outer step. Writes ``log.jsonl``, without a line, and ``snapshots/``."""
-    began = time.perf_counter()
-    state = replace(State.begin(selection.choose().to(device)), seconds=time.perf_counter() - began)
+def select(choose: Callable[[], object], problem: Problem, folder: Path) -> State:
+    """A set that needs no outer step. Writes ``log.jsonl``, without a line, and ``snapshots/``.
+
+    Raises:
+        UserError: the set that was chosen is not one of the problem's; the message says why.
+    """
+    settings, dataset, began = problem.config.distill, problem.dataset, time.perf_counter()
+    chosen = choose()
+    if not isinstance(chosen, Synthetic):
+        raise UserError(f"the method must choose a ddpp.synthetic.Synthetic, got {type(chosen).__name__}")
+    if fault := chosen.fault(dataset.shape, len(dataset.classes), settings.ipc, soft=settings.labels == "soft"):
+        raise UserError(f"the set that the method chose {fault}")
+    state = replace(State.begin(chosen.to(problem.device)), seconds=time.perf_counter() - began)
     _save_snapshot(state, folder)
     runs.Log(folder / "log.jsonl", 0).flush()
     return state
@@ -280,7 +289,10 @@ def outer_step(state: State, method: Method, settings: DistillConfig) -> tuple[S
 
     The update is taken; skipped where nothing could be matched or too little was; undone where it is not finite.
     """
-    update = method.update(state.synthetic, state.step, state.memory).checked(state.synthetic)
+    update = method.update(state.synthetic, state.step, state.memory)
+    if not isinstance(update, Update):
+        raise UserError(f"the method's update must be a ddpp.methods.Update, got {type(update).__name__}")
+    update = update.checked(state.synthetic)
     proposed = state.moved(update, settings)
     finite = proposed.finite() & torch.isfinite(update.loss)
     # The one place where an outer step waits for the device.
@@ -319,8 +331,7 @@ def _save_snapshot(state: State, folder: Path) -> None:
 
 def _remove_snapshots(folder: Path, after: int, every: int) -> None:
     """Removes snapshots that a run which ends elsewhere has left: those after a step, and the last one's."""
-    for path in (folder / "snapshots").glob("step-*.safetensors"):
-        step = int(path.stem.removeprefix("step-"))
+    for step, path in synthetic.snapshots(folder).items():
         if step > after or step % every:
             path.unlink()
 
@@ -366,6 +377,11 @@ def _check_same_teachers(folder: Path, found: list[Trajectory]) -> None:
 def _check(config: Config, method: type[Method] | type[Selection]) -> None:
     """Refuses options that this method cannot follow, before anything is trained."""
     settings = config.distill
+    if settings.method == "full" or "/" in settings.method:
+        raise UserError(
+            f"--method {settings.method}: a method's name must not be 'full' or hold '/', which tables of results give "
+            "another meaning; register it under another name"
+        )
     if settings.method == "given":  # the other options, such as a preset's, say how the set was made
         return method.check(config)
     if settings.parameterization != "pixels" and hasattr(method, "choose"):
@@ -492,17 +508,23 @@ def _run_in(
         method = method_class(replace(problem, teachers=trajectories))
     try:
         state = (
-            select(method, folder, device)
-            if isinstance(method, Selection)
+            select(method.choose, problem, folder)
+            if hasattr(method, "choose")
             else distill(settings, first, method, folder, space)
         )
     except Diverged as e:
         _save_result(e.state, config, dataset, problem.groups, folder)
         raise
+    except UserError:
+        if not resumed:
+            runs.discard(folder)  # unless steps were taken
+        raise
     _save_result(state, config, dataset, problem.groups, folder)
     with runs.alone(folder, "evaluate"):
         results = _evaluated(folder, problem, method, state, teachers_seconds)
-        results["advice"] = _advice(runs.read_log(folder / "log.jsonl"), settings) if isinstance(method, DDPP) else []
+        results["advice"] = []
+        if isinstance(method, DDPP):
+            results["advice"] = _advice(runs.read_log(folder / "log.jsonl", runs.OF_A_STEP), settings)
         report.write(folder, results)
         runs.write_json(folder / "results.json", results)  # the last file: with it a run is finished
         evaluate.forget_parts(folder)

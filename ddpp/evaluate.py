@@ -153,7 +153,7 @@ class Evaluation:
 
     def tried(self, model: str, path: Path) -> Tried:
         """Networks on the set of a file."""
-        step, held = _loaded(path)
+        step, held = _loaded(path, self.dataset)
         recipe = self.recipe(held)
         return Tried(path, step, recipe.lr, self.distilled(model, held, recipe))
 
@@ -358,7 +358,7 @@ def forget_parts(folder: Path) -> None:
 def _images_trained_on(config: Config, dataset: Dataset, candidates: list[Path]) -> int:
     """By all networks of one architecture, unless a searched rate is searched again."""
     settings, epochs, augmented = config.evaluate, config.evaluate.epochs, len(config.evaluate.augmentations)
-    synthetic_images, real = len(_loaded(candidates[-1])[1].images), config.distill.ipc * len(dataset.classes)
+    synthetic_images, real = len(_loaded(candidates[-1], dataset)[1].images), config.distill.ipc * len(dataset.classes)
     asked, selected = settings.labels == "teacher", config.distill.method == "random"
     on_synthetic = len(candidates) + settings.search_lr + (augmented + asked) * (not selected)
     on_real = 1 + settings.search_lr + augmented + asked
@@ -374,7 +374,7 @@ def _table(evaluation: Evaluation, model: str, tried: list[Tried]) -> dict[str, 
     table: dict[str, Any] = {}
     best = {part: max(tried, key=lambda each: _mean(each.tested, part)) for part in ("val", "test")}
     best["final"] = best["all"] = tried[-1]
-    _, chosen = _loaded(best[settings.select].path)
+    _, chosen = _loaded(best[settings.select].path, evaluation.dataset)
     learned = evaluation.recipe(chosen)
     table["random"] = _summary(evaluation.random(model, ipc, learned))
     if method != "random":  # the spread of random images is that of the draw, not that of networks on one draw
@@ -445,16 +445,18 @@ def _candidates(folder: Path, select: str) -> list[Path]:
     """The snapshots to choose from, the last one last; the result alone if nothing is selected."""
     if select == "final":
         return [folder / "synthetic.safetensors"]
-    found = sorted((folder / "snapshots").glob("step-*.safetensors"), key=lambda path: (len(path.name), path.name))
+    found = list(synthetic.snapshots(folder).values())
     if not found:
         raise UserError(f"--select {select} needs snapshots, and {folder}/snapshots holds none")
     return found
 
 
-def _loaded(path: Path) -> tuple[int, Synthetic]:
+def _loaded(path: Path, dataset: Dataset) -> tuple[int, Synthetic]:
     """The outer step of a snapshot or of a result, and the set."""
-    held, meta = synthetic.load(path)
-    return int(meta["step"] if "step" in meta else meta["steps"]), held
+    told = "steps" if path.name == "synthetic.safetensors" else "step"
+    held, meta = synthetic.load(path, [told])
+    synthetic.check_fits(path, held, dataset.shape, len(dataset.classes))
+    return int(meta[told]), held
 
 
 def _summary(tested: list[Scores]) -> dict[str, Any]:
@@ -469,8 +471,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     device = cli.device(config)
     dataset = data.load(config.data)
     folder = Path(args.folder)
-    _, meta = synthetic.load(folder / "synthetic.safetensors")
-    runs.check_same_data(folder, meta, dataset.fingerprint)
+    synthetic.of_run(folder, dataset)
     groups = augment.groups_for(config.augment.strategy, dataset.strategy)
     with runs.alone(folder, "evaluate"):
         results = compare(config, dataset, folder, groups, device)

@@ -46,7 +46,7 @@ def export(folder: Path, to: Path) -> None:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"{to} exists and is not empty. Choose another --to.")
     path = folder / "synthetic.safetensors"
-    held, meta = synthetic.load(path)
+    held, meta = synthetic.of_run(folder)
     transform = synthetic.transform_of(path)
     tensors = {"images": held.images, "labels": held.labels, "lr": held.step_size, "transform": transform}
     for name, value in tensors.items():

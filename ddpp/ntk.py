@@ -72,9 +72,10 @@ class WideNetwork:
         """
         sides, smallest = self._sides(shape), min(shape[1:])
         if smallest >> sum(self._pools) < 1:
+            most = int(math.log2(smallest))
+            advice = f"a depth of at most {most}, or larger images" if most else "larger images"
             raise UserError(
-                f"depth {self.depth} pools images of {shape[1]}x{shape[2]} pixels below one pixel; take a depth of at "
-                f"most {int(math.log2(smallest))}, or larger images"
+                f"depth {self.depth} pools images of {shape[1]}x{shape[2]} pixels below one pixel; take {advice}"
             )
         pairs = sum((height * width) ** (2 if self._mixes else 1) for height, width in sides)
         return pairs * _NUMBERS_KEPT * torch.float64.itemsize

@@ -26,7 +26,7 @@ from ddpp.config import SECTIONS, Config
 from ddpp.dual import ConvNetStep
 from ddpp.errors import UserError
 from ddpp.gpu import Graphs, graphs_for
-from ddpp.methods import Problem, Selection
+from ddpp.methods import Problem
 from ddpp.methods.bptt import BPTT
 from ddpp.methods.ddpp import DDPP
 from ddpp.models import flat
@@ -127,7 +127,7 @@ class OuterSteps:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.settings = config.distill
         problem, method, first, space = distill.prepare(config, device)
-        if isinstance(method, Selection):
+        if hasattr(method, "choose"):
             raise UserError(f"--method {self.settings.method} takes no outer steps, of which one could be shown")
         if method.needs_teachers:
             method = type(method)(replace(problem, teachers=[MadeUp.of(problem)]))

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddpp import cli, data, runs, synthetic
+from ddpp import accuracies, cli, data, runs, synthetic
 from ddpp.config import Config
 
 COLUMNS, ROWS = 20, 10  # of the picture of the images
+_READ = ("accuracy", "models", "protocol", "steps", "seconds", "peak_memory_mb", "config")  # of the results
 
 
 def write(folder: Path, results: dict[str, Any]) -> list[str]:
@@ -31,10 +32,10 @@ def write(folder: Path, results: dict[str, Any]) -> list[str]:
     Returns:
         The names of what was written.
     """
-    held, meta = synthetic.load(folder / "synthetic.safetensors")
+    held, meta = synthetic.of_run(folder)
     _draw_images(folder, held.images, meta["classes"])
     log = folder / "log.jsonl"
-    _draw_curves(runs.read_log(log) if log.is_file() else [], folder / "curves.png")
+    _draw_curves(runs.read_log(log, runs.OF_A_STEP) if log.is_file() else [], folder / "curves.png")
     pictures = {"images.png": "start above result", "curves.png": "curves", **_draw_snapshots(folder, results)}
     runs.write_text(folder / "report.md", _text(results, meta["dataset"], synthetic.size_text(meta), pictures))
     return ["report.md", *pictures]
@@ -43,7 +44,7 @@ def write(folder: Path, results: dict[str, Any]) -> list[str]:
 def _draw_images(folder: Path, result: Tensor, classes: Sequence[str]) -> None:
     """The start above the result, one column a class."""
     transform = synthetic.transform_of(folder / "synthetic.safetensors")
-    starts = sorted((folder / "snapshots").glob("step-*.safetensors"))[:1]  # none where they were cleared away
+    starts = list(synthetic.snapshots(folder).values())[:1]  # none where they were cleared away
     shown = [*(("start", synthetic.load(path)[0].images) for path in starts), ("result", result)]
     names = classes[:COLUMNS]
     panels = [(title, _canvas(x, transform, len(classes))) for title, x in shown]
@@ -157,7 +158,8 @@ def steps_text(steps: dict[str, int]) -> str:
 
 def _run(config: Config, args: argparse.Namespace) -> None:
     folder = Path(args.folder)
-    results = runs.read_json(folder / "results.json", "the run is not finished; continue it with --resume")
+    absent, again = "the run is not finished; continue it with --resume", f"ddpp.distill --out {folder} --resume"
+    results = accuracies.results_in(folder / "results.json", absent, again, _READ)
     print(f"written: {args.folder}/{', '.join(write(folder, results))}")
 
 

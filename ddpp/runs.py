@@ -38,6 +38,8 @@ OF_THE_MACHINE = (
     "teachers.folder",
 )
 
+OF_A_STEP = ("step", "loss", "step_size", "kept")  # what is read of an outer step's line in a log
+
 
 class Unwritable(UserError):
     """A file could not be written."""
@@ -239,7 +241,7 @@ class Log:
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if path.exists() and first_step > 0:
-            self.rows = [row for row in read_log(path) if row.get("step", first_step) < first_step]
+            self.rows = [row for row in read_log(path, ["step"]) if row["step"] < first_step]
         self._written = 0
 
     def add(self, row: dict[str, Any]) -> None:
@@ -258,13 +260,13 @@ class Log:
         self._written = len(self.rows)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a log; a line cut short by a crash, or damaged, is left out."""
+def read_log(path: Path, needed: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The lines of a log that tell what is ``needed``; one cut short by a crash, or damaged, is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row, dict) and row.keys() >= set(needed)]
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -186,7 +186,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     networks.check_rate(config)
     networks.check_own_labels(config, "search")
     dataset = data.load(config.data)
-    runs.check_same_data(folder, synthetic.load(folder / "synthetic.safetensors")[1], dataset.fingerprint)
+    synthetic.of_run(folder, dataset)
     usual = models.describe(replace(config.model, model="convnet", depth=None), dataset.shape)["depth"]
     depths = args.depths or [usual - 1, usual]
     candidates = grid(config.model, dataset, depths, args.widths, args.norm, args.activation, args.pooling)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ FORMAT = 1
 FIRST_SHARE = 0.9  # of an image's class in the soft labels that no teacher gives
 _AT_ONCE = 500  # images
 _TRANSFORM, _LEARNED = "transform.", "learned."
+_OF_A_RESULT = ("dataset", "fingerprint", "classes", "ipc", "method", "augmentation", "steps", "seed")  # its metadata
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,28 @@ class Synthetic:
 
     def to(self, device: torch.device) -> Synthetic:
         return Synthetic(self.images.to(device), self.labels.to(device), self.step_size.to(device))
+
+    def fault(self, shape: Sequence[int], classes: int, each: int, *, soft: bool) -> str:
+        """What keeps this from being ``each`` images of every class, class by class: the end of a sentence, or nothing.
+
+        Images with ``soft`` labels may stand in any order.
+        """
+        count = each * classes
+        wanted = {
+            "images": (torch.float32, (count, *shape)),
+            "labels": (torch.float32, (count, classes)) if soft else (torch.int64, (count,)),
+            "step_size": (torch.float32, ()),
+        }
+        for name, (dtype, size) in wanted.items():
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != size:
+                found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                return f"must have {name} as {dtype} {list(size)}, got {found}"
+            if not torch.isfinite(value).all():
+                return f"has {name} with numbers that are not finite"
+        if not soft and not torch.equal(self.labels.cpu(), torch.arange(classes).repeat_interleave(each)):
+            return f"must have labels class by class, {each} of each"
+        return "" if self.step_size > 0 else f"must have a step_size above 0, got {float(self.step_size):g}"
 
     def save(
         self,
@@ -52,8 +75,8 @@ class Synthetic:
         runs.write_tensors(path, tensors, {"format": FORMAT, **meta})
 
 
-def load(path: Path) -> tuple[Synthetic, dict[str, Any]]:
-    """A synthetic set and its metadata.
+def load(path: Path, needed: Collection[str] = ()) -> tuple[Synthetic, dict[str, Any]]:
+    """A synthetic set and its metadata, which must tell what is ``needed``.
 
     Raises:
         UserError: the file is missing, damaged, foreign, or of a later version.
@@ -62,11 +85,56 @@ def load(path: Path) -> tuple[Synthetic, dict[str, Any]]:
     if not Path(path).is_file() and (folder / "config.toml").is_file():
         raise UserError(f"the run in {folder} is not finished; continue it with ddpp.distill --out {folder} --resume")
     tensors, meta = runs.read_tensors(path, "synthetic set")
-    if meta.get("format") != FORMAT or "images" not in tensors:
+    if meta.get("format") != FORMAT or not tensors.keys() >= {"images", "labels", "step_size"}:
         raise UserError(
             f"{path} is no synthetic set of format {FORMAT}; it was written by another version or stage of ddpp"
         )
-    return Synthetic(tensors["images"], tensors["labels"], tensors["step_size"]), meta
+    held = Synthetic(tensors["images"], tensors["labels"], tensors["step_size"])
+    if lacking := [name for name in needed if name not in meta]:
+        raise _damaged(path, f"does not tell {', '.join(lacking)}")
+    sizes = [list(t.shape) for t in (held.images, held.labels, held.step_size)]
+    if [len(size) for size in sizes] not in ([4, 1, 0], [4, 2, 0]) or sizes[0][0] != sizes[1][0]:
+        images, labels, step_size = sizes
+        found = f"images {images}, labels {labels} and a step size {step_size}"
+        raise _damaged(path, f"must hold images [N, C, H, W], labels [N] or [N, K] and a step size [], got {found}")
+    return held, meta
+
+
+def of_run(folder: Path, dataset: Dataset | None = None) -> tuple[Synthetic, dict[str, Any]]:
+    """A run's result and its metadata, with all that stages read of them.
+
+    Raises:
+        UserError: what :func:`load` refuses, a set that does not fit the run's data, or ``dataset`` is other data.
+    """
+    path, described = folder / "synthetic.safetensors", folder / "data.json"
+    held, meta = load(path, _OF_A_RESULT)
+    if dataset:
+        runs.check_same_data(folder, meta, dataset.fingerprint)
+    known = {"shape": dataset.shape} if dataset else runs.read_json(described) if described.is_file() else {}
+    each = meta["ipc"] * meta.get("images_in_one", 1)
+    check_fits(path, held, known.get("shape", held.images.shape[1:]), len(meta["classes"]), each)
+    return held, meta
+
+
+def check_fits(path: Path, held: Synthetic, shape: Sequence[int], classes: int, each: int | None = None) -> None:
+    """Refuses a file's set that is not of such images, ``each`` or as many as there are of every class.
+
+    Raises:
+        UserError: it is not.
+    """
+    each = len(held.images) // classes if each is None else each
+    if fault := held.fault(shape, classes, each, soft=held.labels.is_floating_point()):
+        raise _damaged(path, fault)
+
+
+def _damaged(path: Path, fault: str) -> UserError:
+    return UserError(f"{path} is damaged or foreign: it {fault}. Restore it from a copy, or distil again.")
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """A run's, by their outer steps, the first one first; files of other names are none."""
+    found = {path.stem.removeprefix("step-"): path for path in (folder / "snapshots").glob("step-*.safetensors")}
+    return dict(sorted((int(step), path) for step, path in found.items() if step.isdecimal()))
 
 
 def transform_of(path: Path) -> Transform:

@@ -276,13 +276,15 @@ def open_folder(folder: Path, expected: dict[str, dict[str, Any]], count: int | 
     Raises:
         UserError: a foreign or damaged file, or a teacher that is not what is expected; the message names it.
     """
+    if (folder / "config.toml").is_file():
+        raise UserError(f"{folder} is a run folder of ddpp.distill. Name another folder for teachers.")
     found = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         name = _NAME.fullmatch(path.name)
         if path.name.startswith("."):
             continue
         if not name:
-            raise UserError(f"{path} is no teacher's file. Remove it, or name another folder of teachers.")
+            raise UserError(f"{path} is no teacher's file. Name another folder of teachers, or move it away.")
         if count is None or int(name[1]) < count:
             found[int(name[1])] = Trajectory.open(path)
             found[int(name[1])].check(expected)

@@ -199,6 +199,14 @@ def test_a_step_that_is_not_finite_is_undone(tmp_path: Path) -> None:
     assert [row["outcome"] for row in runs.read_log(tmp_path / "log.jsonl")] == ["taken", "undone", "taken", "undone"]
 
 
+def test_snapshots_of_other_names_are_let_be(tmp_path: Path) -> None:
+    scripted([1.0], 2, tmp_path)
+    foreign = tmp_path / "snapshots" / "step-best.safetensors"
+    foreign.touch()
+    assert scripted([1.0], 3, tmp_path).step == 3 and foreign.is_file()
+    assert list(synthetic.snapshots(tmp_path)) == [0, 3]
+
+
 def test_ten_undone_in_a_row_end_with_the_last_good_result(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"10 steps in a row .* Lower --lr-pixels"):
         scripted([1.0] + [float("nan")] * 10, 50, tmp_path)
@@ -320,6 +328,7 @@ def test_the_last_snapshot_of_a_million_steps_is_last(tmp_path: Path) -> None:
     (tmp_path / "snapshots").mkdir()
     for name in names:
         (tmp_path / "snapshots" / name).touch()
+    (tmp_path / "snapshots" / "step-best.safetensors").touch()  # foreign
     assert [path.name for path in evaluate._candidates(tmp_path, "all")] == names
 
 
@@ -558,6 +567,14 @@ def test_report_is_made_from_files_alone(finished: Path, capsys: pytest.CaptureF
     assert (finished / "images.png").read_bytes() == before
     assert report.main([str(finished / "snapshots")]) == 2
     assert "not finished" in capsys.readouterr().err
+
+
+def test_a_report_leaves_out_lines_that_are_no_steps(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "a") as file:
+        file.write('{"a": 1}\n')
+    assert report.main([str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "curves.png").read_bytes() == (finished / "curves.png").read_bytes()
 
 
 def test_a_report_needs_no_snapshots_and_no_log(finished: Path, tmp_path: Path) -> None:

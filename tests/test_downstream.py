@@ -16,7 +16,21 @@ import pytest
 import torch
 from scipy import stats
 
-from ddpp import cli, compare, continual, data, distill, evaluate, runs, scores, search, synthetic, training
+from ddpp import (
+    cli,
+    compare,
+    continual,
+    data,
+    distill,
+    evaluate,
+    export,
+    report,
+    runs,
+    scores,
+    search,
+    synthetic,
+    training,
+)
 from ddpp.config import Config
 from ddpp.errors import UserError
 
@@ -239,6 +253,71 @@ def test_runs_of_different_data_are_refused(finished: Path, tmp_path: Path, caps
     assert "cannot be compared: they were distilled from different data" in capsys.readouterr().err
     assert evaluate.main([str(other)]) == 2
     assert "distilled from other data than its data set holds now" in capsys.readouterr().err
+
+
+Edit = Callable[[dict[str, torch.Tensor], dict[str, Any]], object]
+DAMAGED: dict[str, tuple[Edit, str]] = {
+    "no labels": (lambda t, m: t.pop("labels"), "is no synthetic set of format 1"),
+    "no step size": (lambda t, m: t.pop("step_size"), "is no synthetic set of format 1"),
+    "a flat set": (lambda t, m: t.update(images=t["images"].flatten(1)), "must hold images [N, C, H, W]"),
+    "fewer labels": (lambda t, m: t.update(labels=t["labels"][1:]), "got images [10, 1, 8, 8], labels [9]"),
+    "of a snapshot": (lambda t, m: m.clear(), "it does not tell dataset, fingerprint, classes, ipc, method"),
+    "other size": (
+        lambda t, m: t.update(images=t["images"][..., :4, :4].clone()),
+        "must have images as torch.float32 [10, 1, 8, 8], got torch.float32 [10, 1, 4, 4]",
+    ),
+    "fewer images": (
+        lambda t, m: t.update({name: t[name][:5] for name in ("images", "labels")}),
+        "must have images as torch.float32 [10, 1, 8, 8], got torch.float32 [5, 1, 8, 8]",
+    ),
+    "classes beyond": (lambda t, m: t.update(labels=t["labels"] + 1), "must have labels class by class, 1 of each"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_set_is_one_line_of_every_stage(
+    damage: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit, message = DAMAGED[damage]
+    folder = edited(finished, tmp_path / "run", lambda results: None)
+    path = folder / "synthetic.safetensors"
+    tensors, meta = runs.read_tensors(path, "synthetic set")
+    edit(tensors, meta)
+    runs.write_tensors(path, tensors, {"format": 1, **meta})
+    grid = ["--widths", "4", "--depths", "1", "--full-epochs", "1"]
+    to = ["--to", str(tmp_path / "to")]
+    for stage, options in ((evaluate, []), (continual, []), (search, grid), (export, to), (report, [])):
+        assert stage.main([str(folder), *options]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"error: {path} is " in line and message in line
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_snapshot_that_does_not_fit_is_one_line(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = edited(finished, tmp_path / "run", lambda results: None)
+    path = folder / "snapshots" / "step-000001.safetensors"
+    held, meta = synthetic.load(folder / "synthetic.safetensors")
+    synthetic.Synthetic(held.images[..., :4, :4], held.labels, held.step_size).save(path, {"step": 1})
+    assert evaluate.main([str(folder), "--select", "test"]) == 2
+    assert f"{path} is damaged or foreign: it must have images" in capsys.readouterr().err
+    held.save(path, meta)
+    assert evaluate.main([str(folder), "--select", "test"]) == 2
+    assert f"{path} is damaged or foreign: it does not tell step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("found", [{}, {"config": {}}])
+def test_results_that_lack_figures_are_one_line(
+    found: dict[str, Any], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = edited(finished, tmp_path / "run", lambda results: None)
+    runs.write_json(folder / "results.json", found)
+    for stage, options in ((report, [str(folder)]), (compare, ["--first", str(finished), "--second", str(folder)])):
+        assert stage.main(options) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{folder}/results.json does not tell" in line
+        assert f"run ddpp.distill --out {folder} --resume again" in line
 
 
 def test_continual_learning_with_three_memories(

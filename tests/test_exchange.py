@@ -256,6 +256,9 @@ def test_an_export_without_pictures_where_there_can_be_none(tmp_path: Path) -> N
         "ipc": 2,
         "classes": ["a", "b"],
         "augmentation": {"groups": [], "mode": "one"},
+        "fingerprint": "of five channels",
+        "steps": 0,
+        "seed": 0,
     }
     (tmp_path / "run").mkdir()
     held.save(tmp_path / "run" / "synthetic.safetensors", meta, {"mean": torch.zeros(5), "std": torch.ones(5)})

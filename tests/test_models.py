@@ -114,6 +114,7 @@ def test_a_seed_gives_the_network_and_leaves_the_global_state() -> None:
     ("shape", "options", "message"),
     [
         ((1, 8, 8), {"depth": 4}, "depth 4 pools images of 8 pixels below one pixel"),
+        ((1, 1, 1), {}, "depth 2 pools images of 1 pixels below one pixel. Take larger images or no pooling"),
         ((3, 32, 32), {"norm": "group", "width": 6}, "width must be divisible by 4"),
         ((3, 32, 24), {}, "must be square, got 32x24"),
         ((3, 32, 32), {"model": "convnett"}, "did you mean 'convnet'"),

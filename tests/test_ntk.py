@@ -182,3 +182,5 @@ def test_what_is_no_network_is_refused() -> None:
         UserError, match="depth 3 pools images of 9x7 pixels below one pixel; take a depth of at most 2"
     ):
         WideNetwork("convnet", 3).memory((1, 9, 7))
+    with pytest.raises(UserError, match="1x1 pixels below one pixel; take larger images"):
+        WideNetwork("convnet", 3).memory((1, 1, 1))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpp import config, data, distill, evaluate, models, registry, runs, store, synthetic, teachers, training
+from ddpp import config, data, distill, evaluate, models, profile, registry, runs, store, synthetic, teachers, training
 from ddpp.data import DATASETS
 from ddpp.errors import UserError
 from ddpp.methods import METHODS, own_options
@@ -62,6 +62,39 @@ WRONG_UPDATES = {
     "labels=torch.zeros(10, 10)": "has labels, but the set's are fixed; they need --labels soft",
     "memory={'best': 1.5}": "memory must hold tensors, got float 1.5 as 'best'",
     "note={'drawn': torch.ones(2)}": r"note must hold numbers and words, got \[2\] as 'drawn'",
+    "memory={1: fixed}": "memory and note must have names as keys, got int 1",
+}
+SELECTION = """
+import torch
+from ddpp.methods import METHODS
+from ddpp.synthetic import Synthetic
+
+
+@METHODS.register("first")
+class First:
+    needs_teachers, learns_labels = False, True
+
+    def __init__(self, problem):
+        labels = problem.dataset.train_labels
+        self.chosen = torch.cat([torch.nonzero(labels == k).flatten()[:1] for k in range(10)])
+        self.dataset = problem.dataset
+
+    def choose(self):
+        images, labels = self.dataset.train_images[self.chosen], self.dataset.train_labels[self.chosen]
+        step_size, soft = torch.tensor(0.02), torch.eye(10)
+        return Synthetic(images, labels, step_size)
+"""
+WRONG_SETS = {
+    "None": "must choose a ddpp.synthetic.Synthetic, got NoneType",
+    "Synthetic(images * torch.nan, labels, step_size)": "has images with numbers that are not finite",
+    "Synthetic(images.double(), labels, step_size)": r"must have images as torch.float32 .* got torch.float64",
+    "Synthetic(images[:5], labels, step_size)": r"must have images as torch.float32 .*, got .*\[5, 1, 8, 8\]",
+    "Synthetic(images[..., :4], labels, step_size)": r"must have images as .* got torch.float32 \[10, 1, 8, 4\]",
+    "Synthetic(images, labels.flip(0), step_size)": "must have labels class by class, 1 of each",
+    "Synthetic(images, labels.int(), step_size)": r"must have labels as torch.int64 \[10\], got torch.int32 \[10\]",
+    "Synthetic(images, soft, step_size)": r"must have labels as torch.int64 \[10\], got torch.float32 \[10, 10\]",
+    "Synthetic(images, labels, 0.02)": r"must have step_size as torch.float32 \[\], got float",
+    "Synthetic(images, labels, 0 * step_size)": "must have a step_size above 0, got 0",
 }
 
 
@@ -283,6 +316,52 @@ def test_a_run_does_not_go_on_with_an_edited_plugin(
         assert distill.main(["--resume", "--steps", "5", "--out", str(out)]) == expected
         told = f"{out} was begun with a plugin that was edited since. Restore it, or choose another --out."
         assert (told in capsys.readouterr().err) == (expected == 2)
+
+
+def test_an_update_of_another_kind_is_one_line(means: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    means.write_text(means.read_text(encoding="utf-8").replace("return Update(", "Update("), encoding="utf-8")
+    argv = ["--plugins", str(means), "--method", "means", *SHORT, "--out", str(tmp_path / "run")]
+    assert distill.main(argv) == 2
+    assert "error: the method's update must be a ddpp.methods.Update, got NoneType" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["full", "own/means"])
+def test_a_name_that_results_give_another_meaning_is_refused(
+    name: str, means: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    means.write_text(means.read_text(encoding="utf-8").replace('"means"', f'"{name}"'), encoding="utf-8")
+    assert distill.main(["--plugins", str(means), "--method", name, *SHORT, "--out", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"error: --method {name}: a method's name must not be 'full' or hold '/'" in line
+    assert not (tmp_path / "run").exists()
+
+
+def selected(folder: Path, chosen: str, *more: str) -> int:
+    """What ddpp.distill returns of a plugin's selection that gives another set."""
+    path = folder / "first.py"
+    path.write_text(SELECTION.replace("Synthetic(images, labels, step_size)", chosen), encoding="utf-8")
+    return distill.main(["--plugins", str(path), "--method", "first", *SHORT, *more, "--out", str(folder / "run")])
+
+
+@pytest.mark.parametrize("labels", ["labels", "soft"])
+def test_a_selection_of_ones_own_may_refuse_nothing(
+    labels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind = ["--labels", "soft"] if labels == "soft" else []
+    assert selected(tmp_path, f"Synthetic(images, {labels}, step_size)", *kind) == 0
+    held, meta = synthetic.load(tmp_path / "run" / "synthetic.safetensors")
+    assert meta["steps"] == 0 and held.labels.is_floating_point() == bool(kind)
+    assert len(runs.read_json(tmp_path / "run" / "results.json")["accuracy"]["first"]["networks"]) == 2
+    assert profile.main(["--method", "first", "--plugins", str(tmp_path / "first.py"), "--threads", "1"]) == 2
+    assert "--method first takes no outer steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chosen", WRONG_SETS)
+def test_a_wrong_selection_is_one_line(chosen: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert selected(tmp_path, chosen) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert re.search(f"error: the (set that the )?method (chose )?{WRONG_SETS[chosen]}", line)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_evaluation_of_another_plugin_begins_anew(means: Path, tmp_path: Path) -> None:

@@ -309,6 +309,12 @@ def test_draws_depend_on_seed_and_place_alone() -> None:
     assert not torch.equal(first, torch.rand(3, generator=seeds.generator(2, "a", 2)))
 
 
+def test_lines_of_a_log_that_lack_what_is_needed_are_left_out(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0, "loss": 1}\n{"a": 1}\n{"step": 1}\n')
+    assert runs.read_log(log, ["step", "loss"]) == [{"step": 0, "loss": 1}]
+
+
 @pytest.mark.parametrize("damage", [b"\xff\xfe\x80\n", b"[1, 2]\n", b"5\n", b'{"other": 1}\n'])
 def test_damaged_lines_of_a_log_or_ledger_are_left_out(damage: bytes, tmp_path: Path) -> None:
     log, ledger = tmp_path / "log.jsonl", tmp_path / "ledger.jsonl"

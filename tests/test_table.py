@@ -288,6 +288,21 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert f"it is no finished run; continue it with ddpp.distill --out {folder} --resume" in refused(capsys, folder)
 
 
+@pytest.mark.parametrize("found", [{}, {"config": {}}])
+@pytest.mark.parametrize(
+    ("name", "more", "again"),
+    [("results.json", [], "ddpp.distill --out {} --resume"), ("evaluation.json", ["--evaluated"], "ddpp.evaluate {}")],
+)
+def test_results_that_lack_figures_are_one_line(
+    name: str, more: list[str], again: str, found: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(tmp_path / "a", [50.0, 54.0])
+    runs.write_json(folder / name, found)
+    line = refused(capsys, folder, *more)
+    assert f"{folder}/{name} does not tell models, protocol: damaged, or of another version" in line
+    assert f"run {again.format(folder)} again" in line
+
+
 def test_runs_of_ddpp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Distilled, evaluated anew, and shown with the figures that these stages wrote."""
     tiny = ["--method", "dm", "--width", "8", "--threads", "1", "--real-batch", "8", "--steps", "2"]

@@ -172,7 +172,14 @@ def test_a_folder(path: Path) -> None:
 @pytest.mark.parametrize("name", ["replay_buffer_0.pt", "synthetic.safetensors", "teacher-1.pt"])
 def test_a_foreign_file_in_the_folder(path: Path, name: str) -> None:
     (path.parent / name).write_bytes(b"")
-    with pytest.raises(UserError, match=f"{name} is no teacher's file. Remove it"):
+    with pytest.raises(UserError, match=f"{name} is no teacher's file. Name another folder of teachers"):
+        trajectories.open_folder(path.parent, {})
+
+
+def test_a_run_folder_is_no_folder_of_teachers(path: Path) -> None:
+    (path.parent / "config.toml").touch()
+    (path.parent / "checkpoint.safetensors").touch()
+    with pytest.raises(UserError, match=f"{path.parent} is a run folder of ddpp.distill. Name another folder"):
         trajectories.open_folder(path.parent, {})
 
 

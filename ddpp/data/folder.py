@@ -91,5 +91,5 @@ def _list(part: Path, chosen: Collection[str] = ()) -> _Listing:
         places = {name: label for label, name in enumerate(classes)}
         samples = reader.make_dataset(str(part), places, is_valid_file=partial(_is_image, part), allow_empty=False)
     except FileNotFoundError as e:
-        raise UserError(f"{part}: {e}; {expected}. Add some, or remove the class.") from e
+        raise UserError(f"{part}: {str(e).rstrip(' .')}; {expected}. Add some, or remove the class.") from e
     return _Listing(classes, [path for path, _ in samples], torch.tensor([label for _, label in samples]))

@@ -73,6 +73,9 @@ class Update(NamedTuple):
         for name in ("memory", "note"):
             if not isinstance(getattr(self, name), dict):
                 raise UserError(f"the method's update must have {name} as a dict, got {_told(getattr(self, name))}")
+        for name in (*self.memory, *self.note):
+            if not isinstance(name, str):
+                raise UserError(f"the method's memory and note must have names as keys, got {_told(name)}")
         for name, value in self.memory.items():
             if not isinstance(value, Tensor):
                 raise UserError(f"the method's memory must hold tensors, got {_told(value)} as {name!r}")
@@ -113,9 +116,8 @@ class Predictor(Protocol):
         """Its test accuracy, in percent."""
 
 
-@runtime_checkable
 class Selection(Protocol):
-    """Built once for a run; what it chooses depends on the problem and the seed alone."""
+    """Built once for a run; what it chooses depends on the problem and the seed alone. Known by its ``choose``."""
 
     needs_teachers: bool
     learns_labels: bool

@@ -72,10 +72,9 @@ def _convnet(config: ModelConfig, before: list[nn.Module], first: nn.Conv2d, siz
     """The blocks, whose first convolution is given, after what comes before them; ``size`` pixels a side."""
     depth = config.depth or default_depth(size)
     if config.pooling != "none" and size >> depth < 1:
-        raise UserError(
-            f"depth {depth} pools images of {size} pixels below one pixel. "
-            f"Take a depth of at most {int(math.log2(size))}, larger images or no pooling."
-        )
+        most = int(math.log2(size))
+        advice = f"Take a depth of at most {most}, larger images" if most else "Take larger images"
+        raise UserError(f"depth {depth} pools images of {size} pixels below one pixel. {advice} or no pooling.")
     if config.norm == "group" and config.width % 4:
         raise UserError(f"width must be divisible by 4, the groups of the normalisation, got {config.width}")
     layers = before
