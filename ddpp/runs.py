@@ -31,7 +31,7 @@ from ddpp.config import SECTIONS, Config
 from ddpp.errors import UserError
 
 TEMPORARY = ".partial-"
-_FIRST_FILES = {"config.toml", "data.json"}  # of a run folder
+_FIRST_FILES = {"config.toml", "data.json", "teachers.json"}  # of a run folder
 #: Options of the machine: a run may go on with others, though not to the same bytes.
 OF_THE_MACHINE = (
     *("run.device", "run.threads", "run.plugins", "run.cuda_graphs", "data.data_root", "data.download"),
@@ -409,8 +409,8 @@ def saved_config(folder: Path) -> Config:
 
 
 def discard(folder: Path) -> None:
-    """Removes a run folder that holds no more than :func:`open_folder` wrote."""
-    if _contents(folder) == _FIRST_FILES:
+    """Removes a run folder that holds no more than what stands there before the first step."""
+    if _contents(folder) <= _FIRST_FILES:
         shutil.rmtree(folder)
 
 

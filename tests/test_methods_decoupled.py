@@ -193,6 +193,13 @@ def test_what_cannot_work_is_refused_at_once(
     assert not (tmp_path / "run").exists() and not (tmp_path / "t").exists()
 
 
+def test_a_run_that_could_not_choose_leaves_no_folder(folder: Path, tmp_path: Path) -> None:
+    argv = [*TOY, "--method", "rded", "--teachers-folder", str(folder), "--out", str(tmp_path / "run")]
+    assert distill.main([*argv, "--ipc", "200", "--rded-candidates", "300"]) == 2
+    assert not (tmp_path / "run").exists()
+    assert distill.main(argv) == 0
+
+
 def test_a_class_of_few_images(folder: Path) -> None:
     config = configured(folder, method="rded", ipc=200, rded_candidates=300)
     with pytest.raises(UserError, match=r"class '0' has \d+ training images, and 200 patches take one each"):
