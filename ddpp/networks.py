@@ -51,9 +51,13 @@ def check_own_labels(config: Config, stage: str) -> None:
 def recipe(config: Config, step_size: float) -> Recipe:
     """How networks are trained on a set of few images, at its learned step size unless a rate is given."""
     s = config.evaluate
-    lr = step_size if s.lr is None else s.lr
-    found = replace(recipe_on_all(config), epochs=s.epochs, lr=lr, weight_decay=s.weight_decay)
-    found = replace(found, optimizer=config.networks_optimizer)
+    found = replace(
+        recipe_on_all(config),
+        epochs=s.epochs,
+        lr=step_size if s.lr is None else s.lr,
+        weight_decay=s.weight_decay,
+        optimizer=config.networks_optimizer,
+    )
     return found if s.labels == "own" else replace(found, temperature=s.temperature, cutmix=s.cutmix)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddpp import augment, models, seeds, trajectories
 from ddpp.config import Config
@@ -17,7 +18,7 @@ from ddpp.models import Network, flat
 from ddpp.training import Recipe
 from ddpp.trajectories import Trajectory
 
-_SAMPLE = 5_000  # training images that tell the statistics of batch normalisation
+_SAMPLE = 5_000  # training images that tell the statistics of all
 _AT_ONCE = 500  # images
 
 
@@ -102,10 +103,14 @@ def _find_statistics(network: Network, dataset: Dataset, device: torch.device) -
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None  # the mean over all batches
-    draw = seeds.generator(0, "statistics")
+    for images in sampled(dataset, seeds.generator(0, "statistics")):
+        network.train()(images.to(device))
+
+
+def sampled(dataset: Dataset, draw: torch.Generator) -> Iterator[Tensor]:
+    """5,000 random training images, or all where there are fewer, in parts. [n, C, H, W] each"""
     chosen = torch.randperm(len(dataset.train_labels), generator=draw)[:_SAMPLE]
-    for part in chosen.split(_AT_ONCE):
-        network.train()(dataset.train_images[part].to(device))
+    return (dataset.train_images[part] for part in chosen.split(_AT_ONCE))
 
 
 def _recipe_by_name(config: Config) -> dict[str, Any]:

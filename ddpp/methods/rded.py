@@ -37,8 +37,7 @@ class RDED:
         Raises:
             UserError: there are.
         """
-        settings = config.distill
-        patches = settings.ipc * settings.rded_patches**2
+        settings, patches = config.distill, _patches(config)
         if settings.rded_candidates < patches:
             raise UserError(
                 f"--rded-candidates {settings.rded_candidates} is less than the {patches} patches of a class, as many "
@@ -66,7 +65,7 @@ class RDED:
         draw = seeds.generator(self.problem.config.run.seed, "rded", label)
         members = torch.nonzero(dataset.train_labels == label).flatten()
         members = members[torch.randperm(len(members), generator=draw)[: settings.rded_candidates]]
-        patches = settings.ipc * settings.rded_patches**2
+        patches = _patches(self.problem.config)
         if len(members) < patches:
             raise UserError(
                 f"class {dataset.classes[label]!r} has {len(members)} training images, and {patches} patches take one "
@@ -94,6 +93,11 @@ class RDED:
             answers = teacher(data.from_pixels(transform, shown))
             found.append(F.cross_entropy(answers, answers.new_full([len(part)], label).long(), reduction="none"))
         return torch.cat(found)
+
+
+def _patches(config: Config) -> int:
+    """Of a class."""
+    return config.distill.ipc * config.distill.rded_patches**2
 
 
 def _crops(pixels: Tensor, side: int, draw: torch.Generator) -> Tensor:

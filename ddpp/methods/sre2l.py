@@ -18,8 +18,6 @@ from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.models import Network
 from ddpp.synthetic import Synthetic
 
-_SAMPLE = 5_000  # real images that tell the statistics
-_AT_ONCE = 500  # images
 _FIRST_LAYER = 10  # times as much as the others
 _JITTER = 8  # an image moves by up to this part of its side
 
@@ -82,17 +80,15 @@ class SRe2L:
 
     @torch.no_grad()
     def _of_real_images(self) -> list[Moments]:
-        dataset = self.problem.dataset
         draw = seeds.generator(self.problem.config.run.seed, "sre2l statistics")
-        sample = torch.randperm(len(dataset.train_labels), generator=draw)[:_SAMPLE]
-        parts = []  # for each layer the share in mean and mean square of all, [2, C]
-        for part in sample.split(_AT_ONCE):
+        count, parts = 0, []  # of each layer the sums of means and mean squares, [2, C]
+        for images in store.sampled(self.problem.dataset, draw):
             with _moments(self.teacher) as found:
-                self.teacher(dataset.train_images[part].to(self.problem.device))
-            share = len(part) / len(sample)
-            parts.append([share * torch.stack([m.mean, m.variance + m.mean.square()]) for m in found])
-        sums = [torch.stack(of_layer).sum(0) for of_layer in zip(*parts, strict=True)]
-        return [Moments(mean, square - mean.square()) for mean, square in sums]
+                self.teacher(images.to(self.problem.device))
+            count += len(images)
+            parts.append([len(images) * torch.stack([m.mean, m.variance + m.mean.square()]) for m in found])
+        means = [torch.stack(of_layer).sum(0) / count for of_layer in zip(*parts, strict=True)]
+        return [Moments(mean, square - mean.square()) for mean, square in means]
 
 
 @contextmanager
