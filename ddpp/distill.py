@@ -357,9 +357,21 @@ def _save_result(state: State, config: Config, dataset: Dataset, groups: tuple[s
     state.result.save(folder / "synthetic.safetensors", meta, dataset.transform, learned)
 
 
-def _trajectories(config: Config, dataset: Dataset, network: torch.nn.Module, device: torch.device) -> list[Trajectory]:
-    folder = teachers.train(config, dataset, device)
-    return store.open_all(folder, config, dataset, network)
+def _trajectories(problem: Problem, method: type[Method] | type[Selection]) -> list[Trajectory]:
+    """The teachers and of each the epochs that this run reads, trained where they are missing."""
+    config, whole = problem.config, problem.config.teachers.epochs
+    read = _epochs_read(config, method)
+    if read < whole:
+        print(f"of its teachers this run reads the first {read} epochs of {whole}; more are not trained for it")
+        config = replace(config, teachers=replace(config.teachers, epochs=read))
+    folder = teachers.train(config, problem.dataset, problem.device)
+    return store.open_all(folder, config, problem.dataset, problem.network)
+
+
+def _epochs_read(config: Config, method: type[Method] | type[Selection]) -> int:
+    ended = config.distill.init == "correct" or config.distill.labels == "soft"  # ask teachers at their end
+    read = None if ended else getattr(method, "epochs_read", None)
+    return read(config) if read else config.teachers.epochs
 
 
 def _check_same_teachers(folder: Path, found: list[Trajectory]) -> None:
@@ -483,8 +495,8 @@ def _run_in(
     settings, method_class, began = config.distill, type(method), time.perf_counter()
     runs.forget_peak_memory(device)
     try:
-        trajectories = _trajectories(config, dataset, problem.network, device) if method.needs_teachers else []
-        if config.evaluate.labels == "teacher" and not trajectories:
+        trajectories = _trajectories(problem, method_class) if method.needs_teachers else []
+        if config.evaluate.labels == "teacher":  # the first one's, at its end
             teachers.train(replace(config, teachers=replace(config.teachers, count=1)), dataset, device)
     except UserError:
         if not resumed:

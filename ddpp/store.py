@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def folder_of(config: Config, dataset: Dataset) -> Path:
 
 
 def describe(config: Config, dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """What makes teachers equal but for seed and index."""
+    """What makes teachers equal but for seed and index, and for how far they were trained."""
     return {
         "dataset": dataset.describe(),
         "model": models.describe(config.model, dataset.shape),
@@ -69,15 +69,19 @@ def recipe(config: Config) -> Recipe:
 
 
 def open_all(folder: Path, config: Config, dataset: Dataset, network: nn.Module) -> list[Trajectory]:
-    """The first ``config.teachers.count`` teachers of a folder, checked to fit data set and network.
+    """The first ``config.teachers.count`` teachers of a folder and their first ``config.teachers.epochs`` epochs.
+
+    They are checked to fit data set and network.
 
     Raises:
-        UserError: one is missing, damaged, foreign, or of another data set, architecture or recipe.
+        UserError: one is missing, shorter, damaged, foreign, or of another data set, architecture or recipe.
     """
-    count = config.teachers.count
+    count, epochs = config.teachers.count, config.teachers.epochs
     found = trajectories.open_folder(folder, describe(config, dataset), count)
+    found = {index: replace(t, epochs=epochs) for index, t in found.items() if t.epochs >= epochs}
     if len(found) < count:
-        raise UserError(f"{folder} holds {len(found)} of {count} teachers. Train them: python -m ddpp.teachers")
+        many = f"{len(found)} of {count} teachers of {epochs} epochs"
+        raise UserError(f"{folder} holds {many}. Train them: python -m ddpp.teachers")
     wanted = flat.layout(network)
     for trajectory in found.values():
         if trajectory.layout != wanted:
@@ -116,7 +120,7 @@ def sampled(dataset: Dataset, draw: torch.Generator) -> Iterator[Tensor]:
 def _recipe_by_name(config: Config) -> dict[str, Any]:
     """So that older teachers still fit, the sharpness stands there only where it is searched, and no later option."""
     found = asdict(recipe(config))
-    for name in ("optimizer", "temperature", "cutmix"):
+    for name in ("epochs", "optimizer", "temperature", "cutmix"):
         del found[name]
     flat_minima = config.teachers.sharpness_radius > 0
     return {name: value for name, value in found.items() if flat_minima or not name.startswith("sharpness")}

@@ -27,17 +27,19 @@ from ddpp.data import Dataset, Images
 from ddpp.errors import UserError
 from ddpp.models import flat
 from ddpp.training import Backend, Standing
-from ddpp.trajectories import Begun
+from ddpp.trajectories import Begun, Trajectory
 
 _BUFFER, _VELOCITY = "buffer.", "velocity"
 _FEW_STEPS = 5  # in an epoch
 _Make = Callable[[Begun, "tqdm[NoReturn]", runs.Interruption], None]
+_Images = Callable[[int], int]  # on the bar, of a teacher that lacks so many epochs
 _SAMPLE = 5_000  # training images that stand for all of them where none are held out
 
 
 def train(config: Config, dataset: Dataset, device: torch.device, *, progress: bool = True) -> Path:
     """Trains the teachers that the folder lacks; those that are there stay, and one that was cut goes on.
 
+    One that has fewer epochs than are asked for goes on as well, and ends as if it had been trained in one go.
     Several processes may do so at once: each trains teachers that no other does, and at the end waits for the others.
     A teacher depends only on its seed and index, so that an interrupted stage ends with the bytes of an uninterrupted
     one. A folder keeps the seed that it was begun with.
@@ -52,20 +54,34 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
     """
     folder, count = store.folder_of(config, dataset), config.teachers.count
     description = store.describe(config, dataset)
-    present = trajectories.open_folder(folder, description)
-    missing = trajectories.missing(folder, count)
+    present, epochs = trajectories.open_folder(folder, description), config.teachers.epochs
+    missing = trajectories.missing(folder, count, epochs)
     if not missing:
         trajectories.remove_leftovers(folder)
         return folder
-    epochs, images = config.teachers.epochs, config.teachers.epochs * len(dataset.train_labels)
+    longer = [present[index] for index in missing if index in present]
+    _check_go_on(longer, epochs)
     seed = next((t.meta["seed"] for t in present.values()), None)
     kept = f", beside {len(present)} that are there (seed {seed})" if present else ""
-    print(f"training {len(missing)} teachers for {epochs} epochs into {folder}{kept}")
+    if longer:
+        kept += f", of which {len(longer)} go on from epoch {min(t.epochs for t in longer)} or later"
+    print(f"training {len(missing) - len(longer)} teachers for {epochs} epochs into {folder}{kept}")
     if (steps := -(-len(dataset.train_labels) // config.teachers.batch)) < _FEW_STEPS:
         many = f"{len(dataset.train_labels)} images in batches of {config.teachers.batch}"
         print(f"{many} are {steps} steps per epoch, too coarse a trajectory to follow well: lower the teachers' batch")
-    _complete(config, dataset, partial(_train, config, dataset, device), images, progress)
+    number = len(dataset.train_labels)
+    _complete(config, dataset, partial(_train, config, dataset, device), lambda lacks: lacks * number, progress)
     return folder
+
+
+def _check_go_on(teachers: Sequence[Trajectory], epochs: int) -> None:
+    """Refuses to train on what another code has trained."""
+    for found in teachers:
+        if "imported" in found.meta:
+            raise UserError(
+                f"{found.path} holds {found.epochs} epochs of another code's teacher, of {epochs} that are asked for, "
+                "and cannot go on from there. Ask for fewer, or name another folder of teachers."
+            )
 
 
 def bring(
@@ -99,25 +115,27 @@ def bring(
         return folder
     print(f"bringing {settings.count - len(present)} teachers into {folder}, of {len(sources)} that the buffers hold")
     images = (settings.epochs + 1) * _number_tested(dataset)
-    _complete(config, dataset, partial(_bring, config, dataset, device, sources), images, progress)
+    _complete(config, dataset, partial(_bring, config, dataset, device, sources), lambda _: images, progress)
     return folder
 
 
-def _complete(config: Config, dataset: Dataset, make: _Make, images: int, progress: bool) -> None:
-    """Makes the teachers that the folder lacks, each of so many images on the bar, beside others that make some."""
-    folder, count = store.folder_of(config, dataset), config.teachers.count
+def _complete(config: Config, dataset: Dataset, make: _Make, images: _Images, progress: bool) -> None:
+    """Makes the teachers that the folder lacks, beside others that make some."""
+    folder, settings = store.folder_of(config, dataset), config.teachers
     description = store.describe(config, dataset)
-    missing = trajectories.missing(folder, count)
-    bar = networks.images_bar("teachers", len(missing) * images, shown=progress)
+    missing = trajectories.missing(folder, settings.count, settings.epochs)
+    bar = networks.images_bar("teachers", sum(map(images, missing.values())), shown=progress)
     with runs.Interruption() as interruption, bar:
         while missing:
-            with trajectories.begin(folder, count, description, config.run.seed) as begun:
+            with trajectories.begin(folder, settings.count, settings.epochs, description, config.run.seed) as begun:
                 if begun is None:
                     _wait(bar, interruption)
                 else:
                     make(begun, bar, interruption)
-            left = trajectories.missing(folder, count)
-            networks.skip(bar, (len(missing) - len(left) - (begun is not None)) * images)
+            left = trajectories.missing(folder, settings.count, settings.epochs)
+            ours = None if begun is None else begun.meta["index"]
+            elsewhere = [lacks for index, lacks in missing.items() if index not in left and index != ours]
+            networks.skip(bar, sum(map(images, elsewhere)))
             missing = left
     if interruption.signal is not None:
         raise runs.Stopped(f"stopped; all teachers are finished and kept in {folder}", interruption.signal)
@@ -134,9 +152,9 @@ def _train(
     """Trains one teacher, from its last epoch that was kept on, and writes its file."""
     path = begun.folder.parent / trajectories.file_name(begun.meta["index"])
     bar.set_postfix_str(path.stem)
-    networks.skip(bar, max(begun.epochs, 0) * len(dataset.train_labels))
+    networks.skip(bar, (max(begun.epochs, 0) - max(begun.finished, 0)) * len(dataset.train_labels))
     layout = _train_one(config, dataset, device, begun, partial(_advance, bar, interruption, begun))
-    trajectories.write(path, begun.snapshots, begun.accuracy, {**begun.meta, "layout": layout})
+    trajectories.write(path, begun.snapshots, begun.accuracy, {**begun.meta, "layout": layout}, begun.state)
     begun.discard()
 
 
@@ -236,7 +254,19 @@ def _state(model: nn.Module, standing: Standing) -> dict[str, Tensor]:
 
 
 def _go_on(model: nn.Module, begun: Begun) -> Standing:
-    """Brings a network to where its teacher was cut."""
+    """Brings a network to where its teacher was cut, or ended.
+
+    Raises:
+        UserError: it ended in a file of an earlier version, without what training goes on from.
+    """
+    needed = {_BUFFER + name for name, _ in model.named_buffers()}
+    needed |= {_VELOCITY} if begun.epochs and begun.meta["recipe"]["momentum"] else set()
+    if needed - begun.state.keys():
+        raise UserError(
+            f"{begun.folder.parent / trajectories.file_name(begun.meta['index'])} cannot go on after epoch "
+            f"{begun.epochs}: an earlier version of ddpp wrote it, without its momentum or running statistics. Name "
+            "another folder of teachers, or remove it to train it again."
+        )
     flat.load_flat_(model, begun.snapshots[-1])
     for name, value in model.named_buffers():
         value.copy_(begun.state[_BUFFER + name])
@@ -268,7 +298,7 @@ def _run(config: Config, args: argparse.Namespace) -> None:
     files = [Path(name) for name in args.from_buffers]
     folder = bring(config, dataset, files, device) if files else train(config, dataset, device)
     found = trajectories.open_folder(folder, store.describe(config, dataset), config.teachers.count)
-    last = statistics.fmean(t.accuracy()[-1] for t in found.values())
+    last = statistics.fmean(t.accuracy()[config.teachers.epochs] for t in found.values())
     part = "the held-out images" if len(dataset.val_labels) else "a sample of the training images"
     if files and len(dataset.val_labels):
         part += ", on which other codes train too (--validation 0 holds out none)"

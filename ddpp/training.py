@@ -351,19 +351,18 @@ def _epochs(
     """Each epoch from ``start`` on with its batches: the chosen images and their augmentation plan.
 
     Draws are made on the CPU for many steps at once: a synthetic set of one batch would otherwise wait for
-    the device in each epoch.
+    the device in each epoch. They do not depend on the number of epochs, so that a teacher can go on to more.
     """
     count, _, height, width = shape
     steps = -(-count // recipe.batch)
     together = max(1, _STEPS_DRAWN_AT_ONCE // steps)  # epochs
     for first in range(start - start % together, recipe.epochs, together):
-        epochs = min(together, recipe.epochs - first)
         draw = seeds.generator(seed, "epochs", first)
-        orders = torch.stack([torch.randperm(count, generator=draw) for _ in range(epochs)]).to(device)
-        plans: list[Tensor | None] = [None] * (epochs * steps)
+        orders = torch.stack([torch.randperm(count, generator=draw) for _ in range(together)]).to(device)
+        plans: list[Tensor | None] = [None] * (together * steps)
         if groups:
-            size = epochs * steps, min(recipe.batch, count), height, width
+            size = together * steps, min(recipe.batch, count), height, width
             plans = list(augment.draw(*size, groups=groups, mode=mode, generator=draw).to(device))
-        for epoch in range(max(start - first, 0), epochs):
+        for epoch in range(max(start - first, 0), min(together, recipe.epochs - first)):
             batches = zip(orders[epoch].split(recipe.batch), plans[epoch * steps :], strict=False)
             yield first + epoch, [(chosen, plan if plan is None else plan[: len(chosen)]) for chosen, plan in batches]

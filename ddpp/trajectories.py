@@ -2,8 +2,9 @@
 
 What a teacher in training has reached stands in a hidden folder beside them, from which it goes on if it is cut. A file
 holds ``snapshots`` [E + 1, P], the flat parameters before the first epoch and after each one,
-``accuracy`` [E + 1] in percent, and as metadata what the teacher was: layout, model, data set, recipe,
-augmentation, seed and index, and ``imported`` of which file of another code it is, where it is of one.
+``accuracy`` [E + 1] in percent, under ``state.`` what more epochs go on from, and as metadata what the teacher was:
+layout, model, data set, recipe, augmentation, seed and index, and ``imported`` of which file of another code it is,
+where it is of one. Nothing there depends on the number of epochs: a longer trajectory begins as a shorter one.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _STATE = "state."
 _ABOUT = "about.json"
 
 _NAME = re.compile(r"teacher-(\d+)\.safetensors")
+_TYPES = {torch.float32: ("F32", "<f4"), torch.int64: ("I64", "<i8")}
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Trajectory:
         if not isinstance(meta, dict) or meta.get("kind") != KIND or meta.get("format") != FORMAT:
             raise UserError(f"{path} is no trajectory of format {FORMAT} written by ddpp. {advice}")
         layout = tuple((name, tuple(shape)) for name, shape in meta["layout"])
-        rows = meta["recipe"]["epochs"] + 1
-        if shapes != {"snapshots": [rows, flat.size(layout)], "accuracy": [rows]}:
+        rows = shapes.get("accuracy", [0])[0]
+        if not rows or shapes.get("snapshots") != [rows, flat.size(layout)]:
             raise UserError(f"{path} is damaged: its tensors have other shapes than it says. {advice}")
         return cls(Path(path), rows - 1, layout, meta)
 
@@ -92,6 +94,16 @@ class Trajectory:
         with self._file() as file:
             return [float(a) for a in file.get_tensor("accuracy")]
 
+    def whole(self) -> tuple[list[Tensor], list[float], dict[str, Tensor]]:
+        """All that more epochs go on from: snapshots, accuracies, and the state. E + 1 of [P]; E + 1
+
+        Raises:
+            UserError: the file changed since it was opened.
+        """
+        with self._file() as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return list(tensors["snapshots"]), tensors["accuracy"].tolist(), _states(tensors)
+
     def check(self, expected: dict[str, dict[str, Any]]) -> None:
         """Compares parts of the metadata, such as ``model``, ``dataset`` and ``recipe``.
 
@@ -115,36 +127,49 @@ class Trajectory:
             raise UserError(f"{self.path} cannot be read any more: {e}. Train the teacher again.") from e
 
 
-def write(path: Path, snapshots: Sequence[Tensor], accuracy: Sequence[float], meta: dict[str, Any]) -> None:
+def write(
+    path: Path,
+    snapshots: Sequence[Tensor],
+    accuracy: Sequence[float],
+    meta: dict[str, Any],
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Writes one trajectory, without a second copy of it in memory.
 
     Args:
         snapshots: float32 vectors on the CPU. E + 1 of [P]
         accuracy: one for each snapshot, in percent.
-        meta: ``layout``, ``recipe`` with its ``epochs``, and whatever :meth:`Trajectory.check` is to compare.
+        meta: ``layout``, and whatever :meth:`Trajectory.check` is to compare.
+        state: what training goes on from beside the last snapshot; float32 or int64, on the CPU.
 
     Raises:
         UserError: the file cannot be written; nothing is left of it.
     """
-    rows, size = len(snapshots), snapshots[0].numel()
-    end = 4 * rows * size
-    header = {
-        "__metadata__": {"ddpp": json.dumps({"format": FORMAT, "kind": KIND, **meta}, sort_keys=True)},
-        "snapshots": {"dtype": "F32", "shape": [rows, size], "data_offsets": [0, end]},
-        "accuracy": {"dtype": "F32", "shape": [rows], "data_offsets": [end, end + 4 * rows]},
+    parts = {"snapshots": snapshots, "accuracy": [torch.tensor(accuracy)]}
+    parts |= {_STATE + name: [value] for name, value in sorted((state or {}).items())}
+    ordered = sorted(parts.items(), key=lambda part: -part[1][0].element_size())  # each begins at a multiple of its own
+    header: dict[str, Any] = {
+        "__metadata__": {"ddpp": json.dumps({"format": FORMAT, "kind": KIND, **meta}, sort_keys=True)}
     }
+    end = 0
+    for name, tensors in ordered:
+        begin, end = end, end + sum(t.nbytes for t in tensors)
+        shape = [len(tensors), tensors[0].numel()] if name == "snapshots" else list(tensors[0].shape)
+        header[name] = {"dtype": _TYPES[tensors[0].dtype][0], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     with runs.replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for vector in (*snapshots, torch.tensor(accuracy)):
-            file.write(vector.numpy().astype("<f4", copy=False).data)
+        for tensor in (t for _, tensors in ordered for t in tensors):
+            file.write(tensor.contiguous().numpy().astype(_TYPES[tensor.dtype][1], copy=False).data)
 
 
 @contextlib.contextmanager
-def begin(folder: Path, count: int, description: dict[str, dict[str, Any]], seed: int) -> Iterator[Begun | None]:
-    """One of the first ``count`` teachers that are neither finished nor in training, this process's within the block.
+def begin(
+    folder: Path, count: int, epochs: int, description: dict[str, dict[str, Any]], seed: int
+) -> Iterator[Begun | None]:
+    """One of the first ``count`` teachers that lack epochs and are not in training, this process's within the block.
 
     It is None where other processes train all that are missing. A folder keeps the seed that it was begun with.
 
@@ -165,7 +190,7 @@ def begin(folder: Path, count: int, description: dict[str, dict[str, Any]], seed
                 metas.append(runs.read_json(path))
                 _check_begun(path.parent, metas[-1], description)
             seed = next((meta["seed"] for meta in metas), seed)
-            index = next((i for i in missing(folder, count) if _claim(folder, i, held)), None)
+            index = next((i for i in missing(folder, count, epochs) if _claim(folder, i, epochs, held)), None)
             begun = None if index is None else Begun(folder, index, {**description, "seed": seed, "index": index})
         yield begun
 
@@ -175,16 +200,17 @@ def _changing(folder: Path) -> contextlib.AbstractContextManager[bool]:
     return runs.claimed(folder / ".lock", wait=True)
 
 
-def _claim(folder: Path, index: int, held: contextlib.ExitStack) -> bool:
+def _claim(folder: Path, index: int, epochs: int, held: contextlib.ExitStack) -> bool:
     """Claims a teacher as long as ``held`` is, unless another process has it or has just finished it."""
     ours = held.enter_context(runs.claimed(_hidden(folder, index, ".lock")))
-    return ours and not (folder / file_name(index)).is_file()
+    return ours and _epochs(folder / file_name(index)) < epochs
 
 
 class Begun:
     """A teacher in training: its rows so far, kept so that one that was cut goes on with the last that was kept.
 
-    Rows are kept a minute after the last ones, or on :meth:`keep`, each time as a file of those that are new.
+    Rows are kept a minute after the last ones, or on :meth:`keep`, each time as a file of those that are new. A
+    finished teacher that is to have more epochs begins with its file's.
 
     Args:
         folder: of the teachers.
@@ -198,6 +224,7 @@ class Begun:
         snapshots: float32 vectors on the CPU. [P] each
         accuracy: one for each, in percent.
         state: what training goes on from beside the last snapshot.
+        finished: epochs of the teacher's file; -1 where there is none.
     """
 
     def __init__(self, folder: Path, index: int, meta: dict[str, Any]) -> None:
@@ -210,7 +237,11 @@ class Begun:
             _check_begun(self.folder, runs.read_json(about), self.meta)
         else:
             runs.write_json(about, self.meta)
-        runs.remove_partial(folder / file_name(index))
+        path = folder / file_name(index)
+        runs.remove_partial(path)
+        self.finished = _epochs(path)
+        if self.finished >= 0:
+            self.snapshots, self.accuracy, self.state = Trajectory.open(path).whole()
         for path in sorted(self.folder.glob("rows-*.safetensors")):
             self._take(path)
         self._kept, self._when = len(self.snapshots), time.monotonic()
@@ -261,7 +292,11 @@ class Begun:
             return
         self.snapshots += tensors.pop("snapshots").unbind()
         self.accuracy += tensors.pop("accuracy").tolist()
-        self.state = {name.removeprefix(_STATE): value for name, value in tensors.items()}
+        self.state = _states(tensors)
+
+
+def _states(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(_STATE): value for name, value in tensors.items() if name.startswith(_STATE)}
 
 
 def file_name(index: int) -> str:
@@ -299,18 +334,25 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Removes what nobody goes on from: of teachers that are finished, and of those without rows; locks too."""
+    """Removes what nobody goes on from: rows that a finished teacher has, and folders without rows; locks too."""
     for path in {*folder.glob(".teacher-*/"), *(lock.with_suffix("") for lock in folder.glob(".teacher-*.lock"))}:
-        finished = path.with_name(f"{path.name[1:]}.safetensors").is_file()
-        if finished or not ((path / _ABOUT).is_file() and any(path.glob("rows-*.safetensors"))):
+        finished = _epochs(path.with_name(f"{path.name[1:]}.safetensors"))
+        begun = [int(path.stem.removeprefix("rows-")) for path in path.glob("rows-*.safetensors")]
+        if not ((path / _ABOUT).is_file() and max(begun, default=-1) > finished):
             with runs.claimed(path.with_name(f"{path.name}.lock")) as unused:
                 if unused:
                     shutil.rmtree(path, ignore_errors=True)
 
 
-def missing(folder: Path, count: int) -> list[int]:
-    """Which of the first ``count`` teachers are not finished."""
-    return [index for index in range(count) if not (folder / file_name(index)).is_file()]
+def missing(folder: Path, count: int, epochs: int) -> dict[int, int]:
+    """Which of the first ``count`` teachers are not finished, and how many of so many epochs each lacks."""
+    lacking = {index: epochs - max(_epochs(folder / file_name(index)), 0) for index in range(count)}
+    return {index: lacks for index, lacks in lacking.items() if lacks > 0}
+
+
+def _epochs(path: Path) -> int:
+    """That a teacher's file holds; -1 where there is none."""
+    return Trajectory.open(path).epochs if path.is_file() else -1
 
 
 def _hidden(folder: Path, index: int, suffix: str = "") -> Path:
@@ -320,6 +362,8 @@ def _hidden(folder: Path, index: int, suffix: str = "") -> Path:
 def _differing(part: str, found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """What tells a teacher's part from the one that is expected."""
     keys = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
+    if part == "recipe":  # older files tell their epochs there
+        keys = [key for key in keys if key != "epochs"]
     # A folder of images is called as it is named, and may have been renamed.
     return [] if part == "dataset" and keys == ["name"] else keys
 

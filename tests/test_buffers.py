@@ -325,16 +325,18 @@ def test_a_folder_of_other_teachers_is_refused(tmp_path: Path, digits: Dataset) 
         bring(settings(folder, lr=0.1), digits, one)
     with pytest.raises(UserError, match="holds another teacher than trajectory 0 of"):
         bring(trained, digits, one)
+    with pytest.raises(UserError, match=r"teacher-000.* holds 3 epochs of another code's teacher, of 5 that are asked"):
+        teachers.train(settings(folder, epochs=5), digits, CPU, progress=False)
     assert contents(folder) == before
 
 
 def test_first_epochs_of_a_teacher_in_training_are_not_lost(tmp_path: Path, digits: Dataset) -> None:
     file, config = saved(tmp_path / "replay_buffer_0.pt", buffer()), settings(tmp_path / "teachers")
-    with trajectories.begin(tmp_path / "teachers", 1, store.describe(config, digits), 0) as begun:
+    with trajectories.begin(tmp_path / "teachers", 1, 3, store.describe(config, digits), 0) as begun:
         assert begun
         begun.add(torch.zeros(3), 10.0, {})
         begun.keep()
     with pytest.raises(UserError, match="holds the first epochs of a teacher in training"):
         bring(config, digits, file)
-    with trajectories.begin(tmp_path / "teachers", 1, store.describe(config, digits), 0) as begun:
+    with trajectories.begin(tmp_path / "teachers", 1, 3, store.describe(config, digits), 0) as begun:
         assert begun and begun.epochs == 0

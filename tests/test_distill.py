@@ -22,6 +22,7 @@ from ddpp.methods import METHODS, Memory, Problem, Update
 from ddpp.methods import ddpp as ddpp_method
 from ddpp.synthetic import Synthetic
 from ddpp.teachers import main as train_teachers
+from ddpp.trajectories import Trajectory
 
 TOY = [
     *("--width", "8", "--threads", "1"),
@@ -57,6 +58,30 @@ def test_a_run_leaves_everything(finished: Path) -> None:
     rows = runs.read_log(finished / "log.jsonl")
     assert [row["step"] for row in rows] == list(range(6))
     assert all(0 < row["kept"] <= 1 and row["loss"] > 0 and row["outcome"] == "taken" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [([], 2), (["--labels", "soft"], 9), (["--init", "correct"], 9)],
+    ids=["own", "soft", "correct"],
+)
+def test_teachers_are_trained_as_far_as_a_run_reads_them(
+    options: list[str], trained: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends with the bytes of a run on whole teachers."""
+    longer = [*TOY, *options, "--teachers-epochs", "9", "--evaluate-networks", "1", "--evaluate-full-epochs", "0"]
+    whole = ["--width", "8", "--threads", "1", "--count", "2", "--epochs", "9", "--folder", str(tmp_path / "whole")]
+    assert train_teachers(whole) == 0
+    results = []
+    for name in ("whole", "read"):
+        capsys.readouterr()
+        out = tmp_path / f"run-{name}"
+        assert distill.main([*longer, "--teachers-folder", str(tmp_path / name), "--out", str(out)]) == 0
+        assert ("reads the first 2 epochs of 9" in capsys.readouterr().out) == (trained == 2)
+        results.append((out / "synthetic.safetensors").read_bytes() + (out / "log.jsonl").read_bytes())
+    assert results[0] == results[1]
+    for path in (tmp_path / "read").iterdir():
+        assert Trajectory.open(path).epochs == trained
 
 
 def test_the_result_can_be_used_without_the_run(finished: Path) -> None:

@@ -306,7 +306,7 @@ def test_answers_are_asked_of_an_older_run(folder: Path, tmp_path: Path, capsys:
     assert distill.main([*argv, str(absent), "--out", str(run)]) == 0
     own = json.loads((run / "results.json").read_text())
     assert evaluate.main([str(run), "--labels", "teacher"]) == 2
-    assert f"{absent} holds no teacher whose answers could be learned" in capsys.readouterr().err
+    assert f"{absent} holds no first teacher of 3 epochs, whose answers could be learned" in capsys.readouterr().err
     assert teachers.main(["--config", str(run / "config.toml")]) == 0
     assert evaluate.main([str(run), "--labels", "teacher", "--temperature", "3"]) == 0
     asked = json.loads((run / "evaluation.json").read_text())
@@ -314,6 +314,22 @@ def test_answers_are_asked_of_an_older_run(folder: Path, tmp_path: Path, capsys:
     assert asked["accuracy"]["full"] == own["accuracy"]["full"]  # all real images keep their labels
     assert asked["accuracy"]["random"]["networks"] != own["accuracy"]["random"]["networks"]
     assert asked["accuracy"]["random/own"] == own["accuracy"]["random"]
+
+
+def test_answers_are_those_of_the_last_epoch_asked_for(tmp_path: Path) -> None:
+    """Where the method reads fewer, the first teacher alone goes on to it; more that are there change nothing."""
+    few = ["--teachers-count", "2", "--max-start-epoch", "1", "--teacher-span", "1", "--inner-steps", "2"]
+    argv = [*TOY, *ANSWERS, *few, "--method", "mtt", "--evaluate-networks", "1", "--evaluate-full-epochs", "0"]
+    lengths, found = [(3, 1), (5, 5)], []
+    long = ["--width", "8", "--depth", "2", "--threads", "1", "--count", "2", "--epochs", "5"]
+    assert teachers.main([*long, "--folder", str(tmp_path / "1")]) == 0
+    for index, expected in enumerate(lengths):
+        folder, run = tmp_path / str(index), tmp_path / f"run{index}"
+        assert distill.main([*argv, "--teachers-folder", str(folder), "--out", str(run)]) == 0
+        assert tuple(Trajectory.open(path).epochs for path in sorted(folder.iterdir())) == expected
+        found.append(json.loads((run / "results.json").read_text()))
+    one, other = found
+    assert one["models"] == other["models"] and one["protocol"] == other["protocol"]
 
 
 def test_other_stages_refuse_answers(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,7 +143,6 @@ def test_more_teachers_than_asked_for_are_left_aside(tmp_path: Path, dataset: Da
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"epochs": 5}, "another recipe: epochs is 3 there and 5 here"),
         ({"lr": 0.2}, r"another recipe: lr is 0\.1 there and 0\.2 here"),
         ({"width": 8}, "another model: width is 4 there and 8 here"),
         ({"strategy": "none"}, r"another augmentation: groups is \['crop', .*\] there and \[\] here"),
@@ -178,8 +177,11 @@ def test_teachers_of_earlier_versions_fit(tmp_path: Path, dataset: Dataset) -> N
     """What they say of their training are these options, whatever a recipe has been given since."""
     config = settings(tmp_path, count=1)
     (found,) = open_all(train(config, dataset), config, dataset)
-    recipe = {"epochs": 3, "lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "batch": 32, "decay": False}
+    recipe = {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "batch": 32, "decay": False}
     assert found.meta["recipe"] == recipe
+    rows, accuracy, _ = found.whole()
+    trajectories.write(found.path, rows, accuracy, {**found.meta, "recipe": {**recipe, "epochs": 3}})  # as once
+    assert len(open_all(train(config, dataset), config, dataset)) == 1
 
 
 def test_flat_teachers_are_not_taken_for_plain_ones(tmp_path: Path, dataset: Dataset) -> None:
@@ -198,7 +200,7 @@ def test_teachers_of_another_network_are_refused(tmp_path: Path, dataset: Datase
 
 def test_missing_damaged_and_foreign_files(tmp_path: Path, dataset: Dataset) -> None:
     config = settings(tmp_path)
-    with pytest.raises(UserError, match=r"holds 0 of 2 teachers. Train them: python -m ddpp\.teachers"):
+    with pytest.raises(UserError, match=r"holds 0 of 2 teachers of 3 epochs. Train them: python -m ddpp\.teachers"):
         open_all(tmp_path, config, dataset)
     train(config, dataset)
     last = tmp_path / trajectories.file_name(1)
@@ -274,6 +276,71 @@ CUTS = {
 }
 
 
+def cut_settings(folder: Path, options: dict[str, object], **more: object) -> Config:
+    named = {name: value for name, value in options.items() if name in ("norm", "model")}
+    found = settings(folder, **more, **{name: value for name, value in options.items() if name not in named})
+    return replace(found, model=replace(found.model, **named))
+
+
+@pytest.mark.parametrize("options", CUTS.values(), ids=CUTS)
+def test_finished_teachers_go_on_to_more_epochs(
+    options: dict[str, object], tmp_path: Path, dataset: Dataset, bars: list[Any]
+) -> None:
+    whole, config = (cut_settings(tmp_path / name, options, epochs=4) for name in ("whole", "parts"))
+    train(whole, dataset)
+    shorter = replace(config, teachers=replace(config.teachers, count=1, epochs=2))
+    train(shorter, dataset)
+    teachers.train(config, dataset, CPU)
+    assert bars[-1].n == bars[-1].total == (2 + 4) * 130 and bars[-1].initial == 0
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    train(shorter, dataset)
+    (found,) = open_all(tmp_path / "parts", shorter, dataset)
+    assert found.epochs == 2, "what is beyond the epochs that were asked for says nothing"
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    longer = replace(config, teachers=replace(config.teachers, epochs=9))
+    with pytest.raises(UserError, match="holds 0 of 2 teachers of 9 epochs"):
+        open_all(tmp_path / "parts", longer, dataset)
+
+
+def test_a_teacher_that_was_cut_while_it_went_on(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file stays until there is a longer one, and it goes on from the rows that were kept."""
+    whole, config = (settings(tmp_path / name, count=1, epochs=5, momentum=0.9) for name in ("whole", "cut"))
+    train(whole, dataset)
+    shorter = replace(config, teachers=replace(config.teachers, epochs=2))
+    before = contents(train(shorter, dataset))
+    assert [path.name for path in cut_after_training(config, dataset, monkeypatch)] == [
+        f"rows-{first:06d}.safetensors" for first in (3, 4, 5)
+    ]
+    assert (tmp_path / "cut" / "teacher-000.safetensors").read_bytes() == before["teacher-000.safetensors"]
+    train(shorter, dataset)
+    fit, starts = training.fit, []
+    monkeypatch.setattr(
+        training, "fit", lambda *a, start, **k: starts.append(start.epochs) or fit(*a, start=start, **k)
+    )
+    train(config, dataset)
+    assert starts == [5] and contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_teacher_of_an_earlier_version_goes_on_where_it_can(tmp_path: Path, dataset: Dataset) -> None:
+    """Its file holds no state, and plain SGD has none."""
+    for options in ({}, {"momentum": 0.9}):
+        whole, config = (settings(tmp_path / f"{name}{options}", count=1, **options) for name in ("whole", "old"))
+        train(whole, dataset)
+        shorter = replace(config, teachers=replace(config.teachers, epochs=1))
+        (found,) = open_all(train(shorter, dataset), shorter, dataset)
+        rows, accuracy, _ = found.whole()
+        trajectories.write(found.path, rows, accuracy, found.meta)
+        if options:
+            with pytest.raises(
+                UserError, match=r"teacher-000.* cannot go on after epoch 1: an earlier version .*remove"
+            ):
+                train(config, dataset)
+        else:
+            assert contents(train(config, dataset)) == contents(Path(whole.teachers.folder))
+
+
 @pytest.mark.parametrize("options", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("killed", [True, False])
 def test_a_teacher_that_was_cut_goes_on_after_its_last_epoch(
@@ -284,12 +351,7 @@ def test_a_teacher_that_was_cut_goes_on_after_its_last_epoch(
     monkeypatch: pytest.MonkeyPatch,
     bars: list[Any],
 ) -> None:
-    named = {name: value for name, value in options.items() if name in ("norm", "model")}
-    recipe = {name: value for name, value in options.items() if name not in named}
-    whole, config = (
-        replace(found, model=replace(found.model, **named))
-        for found in (settings(tmp_path / name, count=1, epochs=4, **recipe) for name in ("whole", "cut"))
-    )
+    whole, config = (cut_settings(tmp_path / name, options, count=1, epochs=4) for name in ("whole", "cut"))
     train(whole, dataset)
     monkeypatch.setattr(trajectories, "_KEPT_EVERY", 0 if killed else 1e9)
     advance, seen = teachers._advance, []
@@ -387,7 +449,7 @@ class Elsewhere:
         self.result = train(replace(config, teachers=replace(config.teachers, folder=f"{self.folder}-whole")), dataset)
         self.dies, self.waited, self.held = dies, 0, contextlib.ExitStack()
         description = store.describe(config, dataset)
-        self.begun = self.held.enter_context(trajectories.begin(self.folder, 1, description, config.run.seed))
+        self.begun = self.held.enter_context(trajectories.begin(self.folder, 1, 3, description, config.run.seed))
         monkeypatch.setattr(time, "sleep", self.sleep)
 
     def sleep(self, seconds: float) -> None:
@@ -426,8 +488,8 @@ def test_a_teacher_that_was_just_finished_is_not_trained_again(
     elsewhere = Elsewhere(config, dataset, monkeypatch)
     listed = trajectories.missing
 
-    def missing(folder: Path, count: int) -> list[int]:
-        found = listed(folder, count)
+    def missing(folder: Path, count: int, epochs: int) -> dict[int, int]:
+        found = listed(folder, count, epochs)
         if elsewhere.begun and 0 in found:
             first = trajectories.file_name(0)
             (folder / first).write_bytes((elsewhere.result / first).read_bytes())
@@ -435,7 +497,7 @@ def test_a_teacher_that_was_just_finished_is_not_trained_again(
         return found
 
     monkeypatch.setattr(trajectories, "missing", missing)
-    with trajectories.begin(elsewhere.folder, 2, store.describe(config, dataset), 0) as begun:
+    with trajectories.begin(elsewhere.folder, 2, 3, store.describe(config, dataset), 0) as begun:
         assert begun and begun.meta["index"] == 1
 
 
@@ -448,7 +510,7 @@ def test_processes_that_start_after_a_crash_tidy_up_together(tmp_path: Path, dat
 
         def start(_: int) -> int:
             trajectories.remove_leftovers(tmp_path)
-            with trajectories.begin(tmp_path, 4, description, 0) as begun:
+            with trajectories.begin(tmp_path, 4, 3, description, 0) as begun:
                 assert begun
                 time.sleep(0.01)
                 begun.discard()

@@ -27,7 +27,7 @@ SIZE = 17
 def meta(**parts: Any) -> dict[str, Any]:
     return {
         "layout": LAYOUT,
-        "recipe": {"epochs": 4, "lr": 0.1},
+        "recipe": {"lr": 0.1},
         "model": {"model": "convnet", "width": 128},
         "dataset": {"name": "digits", "preprocessing": "channel"},
         "seed": 0,
@@ -69,13 +69,35 @@ def test_the_same_trajectory_gives_the_same_bytes(path: Path, tmp_path: Path) ->
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 
+STATES = {
+    "none": {},
+    "running statistics": {
+        "buffer.seen": torch.tensor(7),
+        "buffer.mean": torch.arange(3.0),
+        "velocity": torch.ones(SIZE),
+    },
+}
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_the_whole_of_a_file_is_what_was_written(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / trajectories.file_name(0)
+    trajectories.write(path, snapshots(4), [10.0, 20.0, 30.0, 40.0], meta(), state)
+    rows, accuracy, found = Trajectory.open(path).whole()
+    assert torch.equal(torch.stack(rows), torch.stack(snapshots(4))) and accuracy == [10.0, 20.0, 30.0, 40.0]
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        assert torch.equal(found[name], value) and found[name].dtype == value.dtype
+    assert Trajectory.open(path).epochs == 3 and torch.equal(Trajectory.open(path).rows(0, 3)[1], snapshots(4)[3])
+
+
 def test_two_rows_are_read_without_the_rest(tmp_path: Path) -> None:
     """A process that may not hold the file can read two of its 64 rows of 4 MB."""
     path = tmp_path / trajectories.file_name(0)
     size = 2**20
     layout = (("weight", (size,)),)
     rows = [torch.full((size,), float(i)) for i in range(64)]
-    trajectories.write(path, rows, [0.0] * 64, meta(layout=layout, recipe={"epochs": 63}))
+    trajectories.write(path, rows, [0.0] * 64, meta(layout=layout))
     program = (
         "import sys, resource; from pathlib import Path; from ddpp.trajectories import Trajectory\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -114,7 +136,7 @@ def other_stage(path: Path) -> None:
 
 
 def other_shapes(path: Path) -> None:
-    trajectories.write(path, snapshots(rows=4), [0.0] * 4, meta())
+    trajectories.write(path, snapshots(rows=4), [0.0] * 5, meta())
 
 
 @pytest.mark.parametrize(
@@ -166,7 +188,9 @@ def test_a_folder(path: Path) -> None:
     assert list(trajectories.open_folder(path.parent, expected)) == [0, 2]
     assert list(trajectories.open_folder(path.parent, expected, count=2)) == [0]
     assert trajectories.open_folder(path.parent / "none", expected) == {}
-    assert trajectories.missing(path.parent, 4) == [1, 3] and trajectories.missing(path.parent / "none", 1) == [0]
+    assert trajectories.missing(path.parent, 4, 4) == {1: 4, 3: 4}
+    assert trajectories.missing(path.parent, 2, 6) == {0: 2, 1: 6} and trajectories.missing(path.parent, 1, 3) == {}
+    assert trajectories.missing(path.parent / "none", 1, 4) == {0: 4}
 
 
 @pytest.mark.parametrize("name", ["replay_buffer_0.pt", "synthetic.safetensors", "teacher-1.pt"])

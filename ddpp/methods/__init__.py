@@ -93,7 +93,8 @@ def _told(value: object) -> str:
 class Method(Protocol):
     """Built for a run, once more when its teachers are there; ``update`` depends on its arguments and the seed alone.
 
-    One of a plugin may have ``options``, a table of names and defaults, for ``--own``.
+    One of a plugin may have ``options``, a table of names and defaults, for ``--own``. Its teachers have all epochs of
+    the configuration, or where there is an ``epochs_read(config)``, so many.
     """
 
     needs_teachers: bool

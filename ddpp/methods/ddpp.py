@@ -43,6 +43,11 @@ class DDPP:
         DDPP.check_starts(config)
 
     @staticmethod
+    def epochs_read(config: Config) -> int:
+        """The last epoch of a teacher that is a target."""
+        return config.distill.max_start_epoch - 1 + config.distill.teacher_span
+
+    @staticmethod
     def check_starts(config: Config) -> None:
         """Refuses a start bound and span that reach beyond the teachers.
 
@@ -51,10 +56,10 @@ class DDPP:
         """
         settings, epochs = config.distill, config.teachers.epochs
         bound, span = settings.max_start_epoch, settings.teacher_span
-        if bound - 1 + span > epochs:
+        if (read := DDPP.epochs_read(config)) > epochs:
             raise UserError(
-                f"--max-start-epoch {bound} with --teacher-span {span} needs teachers of {bound - 1 + span} epochs, "
-                f"got --teachers-epochs {epochs}. Raise it, or lower one of the others."
+                f"--max-start-epoch {bound} with --teacher-span {span} needs teachers of {read} epochs, got "
+                f"--teachers-epochs {epochs}. Raise it, or lower one of the others."
             )
         first = settings.first_max_start_epoch or bound
         if not settings.min_start_epoch < first <= bound:
