@@ -362,7 +362,7 @@ def _trajectories(problem: Problem, method: type[Method] | type[Selection]) -> l
     config, whole = problem.config, problem.config.teachers.epochs
     read = _epochs_read(config, method)
     if read < whole:
-        print(f"of its teachers this run reads the first {read} epochs of {whole}; more are not trained for it")
+        print(f"this run reads the first {read} of its teachers' {whole} epochs; no more are trained for it")
         config = replace(config, teachers=replace(config.teachers, epochs=read))
     folder = teachers.train(config, problem.dataset, problem.device)
     return store.open_all(folder, config, problem.dataset, problem.network)

@@ -63,9 +63,10 @@ def train(config: Config, dataset: Dataset, device: torch.device, *, progress: b
     _check_go_on(longer, epochs)
     seed = next((t.meta["seed"] for t in present.values()), None)
     kept = f", beside {len(present)} that are there (seed {seed})" if present else ""
+    if new := len(missing) - len(longer):
+        print(f"training {new} teachers for {epochs} epochs into {folder}{kept}")
     if longer:
-        kept += f", of which {len(longer)} go on from epoch {min(t.epochs for t in longer)} or later"
-    print(f"training {len(missing) - len(longer)} teachers for {epochs} epochs into {folder}{kept}")
+        print(f"{len(longer)} teachers in {folder} go on to epoch {epochs}")
     if (steps := -(-len(dataset.train_labels) // config.teachers.batch)) < _FEW_STEPS:
         many = f"{len(dataset.train_labels)} images in batches of {config.teachers.batch}"
         print(f"{many} are {steps} steps per epoch, too coarse a trajectory to follow well: lower the teachers' batch")

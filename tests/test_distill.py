@@ -77,7 +77,7 @@ def test_teachers_are_trained_as_far_as_a_run_reads_them(
         capsys.readouterr()
         out = tmp_path / f"run-{name}"
         assert distill.main([*longer, "--teachers-folder", str(tmp_path / name), "--out", str(out)]) == 0
-        assert ("reads the first 2 epochs of 9" in capsys.readouterr().out) == (trained == 2)
+        assert ("reads the first 2 of its teachers' 9 epochs" in capsys.readouterr().out) == (trained == 2)
         results.append((out / "synthetic.safetensors").read_bytes() + (out / "log.jsonl").read_bytes())
     assert results[0] == results[1]
     for path in (tmp_path / "read").iterdir():

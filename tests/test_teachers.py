@@ -284,13 +284,23 @@ def cut_settings(folder: Path, options: dict[str, object], **more: object) -> Co
 
 @pytest.mark.parametrize("options", CUTS.values(), ids=CUTS)
 def test_finished_teachers_go_on_to_more_epochs(
-    options: dict[str, object], tmp_path: Path, dataset: Dataset, bars: list[Any]
+    options: dict[str, object],
+    tmp_path: Path,
+    dataset: Dataset,
+    bars: list[Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole, config = (cut_settings(tmp_path / name, options, epochs=4) for name in ("whole", "parts"))
     train(whole, dataset)
     shorter = replace(config, teachers=replace(config.teachers, count=1, epochs=2))
     train(shorter, dataset)
+    capsys.readouterr()
     teachers.train(config, dataset, CPU)
+    folder = tmp_path / "parts"
+    assert capsys.readouterr().out.splitlines() == [
+        f"training 1 teachers for 4 epochs into {folder}, beside 1 that are there (seed 0)",
+        f"1 teachers in {folder} go on to epoch 4",
+    ]
     assert bars[-1].n == bars[-1].total == (2 + 4) * 130 and bars[-1].initial == 0
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     train(shorter, dataset)
