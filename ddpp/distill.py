@@ -8,10 +8,11 @@ step that is not finite is undone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -357,15 +358,22 @@ def _save_result(state: State, config: Config, dataset: Dataset, groups: tuple[s
     state.result.save(folder / "synthetic.safetensors", meta, dataset.transform, learned)
 
 
-def _trajectories(problem: Problem, method: type[Method] | type[Selection]) -> list[Trajectory]:
-    """The teachers and of each the epochs that this run reads, trained where they are missing."""
-    config, whole = problem.config, problem.config.teachers.epochs
-    read = _epochs_read(config, method)
-    if read < whole:
-        print(f"this run reads the first {read} of its teachers' {whole} epochs; no more are trained for it")
-        config = replace(config, teachers=replace(config.teachers, epochs=read))
-    folder = teachers.train(config, problem.dataset, problem.device)
-    return store.open_all(folder, config, problem.dataset, problem.network)
+def _teachers_of(problem: Problem, method: type[Method] | type[Selection]) -> list[Trajectory]:
+    """The teachers, and of each the epochs that this run reads, trained where they are missing.
+
+    Trains, too, the one whose answers an evaluation asks for.
+    """
+    config, dataset, found = problem.config, problem.dataset, []
+    if method.needs_teachers:
+        read, whole = _epochs_read(config, method), config.teachers.epochs
+        if read < whole:
+            print(f"this run reads the first {read} of its teachers' {whole} epochs; no more are trained for it")
+        of_run = replace(config, teachers=replace(config.teachers, epochs=read))
+        folder = teachers.train(of_run, dataset, problem.device)
+        found = store.open_all(folder, of_run, dataset, problem.network)
+    if config.evaluate.labels == "teacher":
+        teachers.train(replace(config, teachers=replace(config.teachers, count=1)), dataset, problem.device)
+    return found
 
 
 def _epochs_read(config: Config, method: type[Method] | type[Selection]) -> int:
@@ -491,57 +499,64 @@ def _run_in(
     resumed: bool,
 ) -> None:
     """Trains teachers that are missing, distils, evaluates and reports."""
-    config, dataset, device = problem.config, problem.dataset, problem.device
-    settings, method_class, began = config.distill, type(method), time.perf_counter()
-    runs.forget_peak_memory(device)
+    config, began = problem.config, time.perf_counter()
+    runs.forget_peak_memory(problem.device)
+    with _discarding(folder, resumed):
+        problem = replace(problem, teachers=_teachers_of(problem, type(method)))
+    teachers_seconds = time.perf_counter() - began
+    _check_same_teachers(folder, problem.teachers)
+    if problem.teachers:
+        method = type(method)(problem)
     try:
-        trajectories = _trajectories(problem, method_class) if method.needs_teachers else []
-        if config.evaluate.labels == "teacher":  # the first one's, at its end
-            teachers.train(replace(config, teachers=replace(config.teachers, count=1)), dataset, device)
+        with _discarding(folder, resumed):  # unless steps were taken
+            if hasattr(method, "choose"):
+                state = select(method.choose, problem, folder)
+            else:
+                state = distill(config.distill, _first(problem, first, space), method, folder, space)
+    except Diverged as e:
+        _save_result(e.state, config, problem.dataset, problem.groups, folder)
+        raise
+    _save_result(state, config, problem.dataset, problem.groups, folder)
+    with runs.alone(folder, "evaluate"):
+        results = _evaluated(folder, problem, method, state, teachers_seconds)
+        report.write(folder, results)
+        runs.write_json(folder / "results.json", results)  # the last file: with it a run is finished
+        evaluate.forget_parts(folder)
+    _tell(folder, results)
+
+
+@contextlib.contextmanager
+def _discarding(folder: Path, resumed: bool) -> Iterator[None]:
+    """Removes the folder of a run that wrong input ends before it has anything to keep."""
+    try:
+        yield
     except UserError:
         if not resumed:
             runs.discard(folder)
         raise
-    teachers_seconds = time.perf_counter() - began
-    _check_same_teachers(folder, trajectories)
-    if settings.labels == "soft" and not trajectories:
-        first = synthetic.with_soft_labels(first, len(dataset.classes))
-    if trajectories:
-        first = synthetic.start_from_teachers(
+
+
+def _first(problem: Problem, first: Synthetic, space: Parameterization) -> Synthetic:
+    """The set to begin with: with what teachers say of images and labels, or soft labels without them."""
+    settings, dataset = problem.config.distill, problem.dataset
+    if problem.teachers:
+        return synthetic.start_from_teachers(
             first,
             dataset,
             problem.network,
-            trajectories,
+            problem.teachers,
             init=settings.init,
             labels=settings.labels,
-            seed=config.run.seed,
+            seed=problem.config.run.seed,
             space=space,
         )
-        method = method_class(replace(problem, teachers=trajectories))
-    try:
-        state = (
-            select(method.choose, problem, folder)
-            if hasattr(method, "choose")
-            else distill(settings, first, method, folder, space)
-        )
-    except Diverged as e:
-        _save_result(e.state, config, dataset, problem.groups, folder)
-        raise
-    except UserError:
-        if not resumed:
-            runs.discard(folder)  # unless steps were taken
-        raise
-    _save_result(state, config, dataset, problem.groups, folder)
-    with runs.alone(folder, "evaluate"):
-        results = _evaluated(folder, problem, method, state, teachers_seconds)
-        results["advice"] = []
-        if isinstance(method, DDPP):
-            results["advice"] = _advice(runs.read_log(folder / "log.jsonl", runs.OF_A_STEP), settings)
-        report.write(folder, results)
-        runs.write_json(folder / "results.json", results)  # the last file: with it a run is finished
-        evaluate.forget_parts(folder)
+    return synthetic.with_soft_labels(first, len(dataset.classes)) if settings.labels == "soft" else first
+
+
+def _tell(folder: Path, results: dict[str, Any]) -> None:
+    """What a person is to see of a run at its end."""
     print(runs.accuracy_table(results))
-    if state.undone or state.skipped:
+    if results["steps"]["undone"] or results["steps"]["skipped"]:
         print(f"\n{report.steps_text(results['steps'])}")
     for text in results["advice"]:
         print(f"\n{text}")
@@ -582,6 +597,8 @@ def _evaluated(
         results["accuracy_of_method"] = own
         print(f"{config.distill.method} itself, without a network: {own:.1f} % of the test images")
     results["config"] = asdict(config)
+    matched = isinstance(method, DDPP)
+    results["advice"] = _advice(runs.read_log(folder / "log.jsonl", runs.OF_A_STEP), config.distill) if matched else []
     return results
 
 

@@ -84,6 +84,13 @@ def test_teachers_are_trained_as_far_as_a_run_reads_them(
         assert Trajectory.open(path).epochs == trained
 
 
+def test_a_start_that_teachers_cannot_give_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*TOY, "--teachers-folder", str(tmp_path / "teachers"), "--init", "correct", "--ipc", "120"]
+    assert distill.main([*argv, "--out", str(tmp_path / "run")]) == 2
+    assert "--init correct finds" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_result_can_be_used_without_the_run(finished: Path) -> None:
     found, meta = synthetic.load(finished / "synthetic.safetensors")
     assert found.images.shape == (10, 1, 8, 8) and found.labels.tolist() == list(range(10))
