@@ -384,14 +384,15 @@ def _epochs_read(config: Config, method: type[Method] | type[Selection]) -> int:
 
 def _check_same_teachers(folder: Path, found: list[Trajectory]) -> None:
     """Refuses to go on with teachers of another seed or file than those that a run began with."""
-    path, told = folder / "teachers.json", [{"seed": t.meta["seed"], "imported": t.meta.get("imported")} for t in found]
-    if path.is_file() and runs.read_json(path)["teachers"] != told:
+    told = {"teachers": [{"seed": t.meta["seed"], "imported": t.meta.get("imported")} for t in found]}
+    path = folder / "teachers.json"
+    if path.is_file() and runs.read_json(path) != told:
         raise UserError(
             f"{folder} was begun with other teachers than {found[0].path.parent} holds now; see {path}. Give "
             "--teachers-folder, or choose another --out."
         )
     if found:
-        runs.write_json(path, {"teachers": told})
+        runs.write_json(path, told)
 
 
 def _check(config: Config, method: type[Method] | type[Selection]) -> None:
