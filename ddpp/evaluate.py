@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ddpp import augment, cli, data, models, networks, runs, scores, seeds, store, synthetic, training, trajectories
+from ddpp import augment, cli, data, models, networks, runs, scores, seeds, store, synthetic, training
 from ddpp.config import Config, ModelConfig, value_type
 from ddpp.data import Dataset, Images, policies
 from ddpp.errors import UserError, nearest
@@ -340,14 +340,14 @@ def _teacher(config: Config, dataset: Dataset, device: torch.device) -> nn.Modul
     """The first of the configuration's teachers, where its answers are asked for."""
     if config.evaluate.labels == "own":
         return None
-    folder, epochs = store.folder_of(config, dataset), config.teachers.epochs
-    first = trajectories.open_folder(folder, store.describe(config, dataset), 1).get(0)
-    if first is None or first.epochs < epochs:
+    folder = store.folder_of(config, dataset)
+    first = store.opened(folder, config, dataset, 1).get(0)
+    if first is None:
         raise UserError(
-            f"{folder} holds no first teacher of {epochs} epochs, whose answers could be learned. Train one: python -m "
-            "ddpp.teachers --config with the run's config.toml"
+            f"{folder} holds no first teacher of {config.teachers.epochs} epochs, whose answers could be learned. "
+            "Train one: python -m ddpp.teachers --config with the run's config.toml"
         )
-    return store.ended(replace(first, epochs=epochs), config, dataset, device)
+    return store.ended(first, config, dataset, device)
 
 
 def forget_parts(folder: Path) -> None:

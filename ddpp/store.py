@@ -68,6 +68,16 @@ def recipe(config: Config) -> Recipe:
     )
 
 
+def opened(folder: Path, config: Config, dataset: Dataset, count: int) -> dict[int, Trajectory]:
+    """Of the first ``count`` teachers of a folder those that have the epochs asked for, and no more of their epochs.
+
+    Raises:
+        UserError: one is damaged, foreign, or of another data set, architecture or recipe.
+    """
+    epochs, found = config.teachers.epochs, trajectories.open_folder(folder, describe(config, dataset), count)
+    return {index: replace(teacher, epochs=epochs) for index, teacher in found.items() if teacher.epochs >= epochs}
+
+
 def open_all(folder: Path, config: Config, dataset: Dataset, network: nn.Module) -> list[Trajectory]:
     """The first ``config.teachers.count`` teachers of a folder and their first ``config.teachers.epochs`` epochs.
 
@@ -76,11 +86,10 @@ def open_all(folder: Path, config: Config, dataset: Dataset, network: nn.Module)
     Raises:
         UserError: one is missing, shorter, damaged, foreign, or of another data set, architecture or recipe.
     """
-    count, epochs = config.teachers.count, config.teachers.epochs
-    found = trajectories.open_folder(folder, describe(config, dataset), count)
-    found = {index: replace(t, epochs=epochs) for index, t in found.items() if t.epochs >= epochs}
+    count = config.teachers.count
+    found = opened(folder, config, dataset, count)
     if len(found) < count:
-        many = f"{len(found)} of {count} teachers of {epochs} epochs"
+        many = f"{len(found)} of {count} teachers of {config.teachers.epochs} epochs"
         raise UserError(f"{folder} holds {many}. Train them: python -m ddpp.teachers")
     wanted = flat.layout(network)
     for trajectory in found.values():

@@ -237,11 +237,11 @@ class Begun:
             _check_begun(self.folder, runs.read_json(about), self.meta)
         else:
             runs.write_json(about, self.meta)
-        path = folder / file_name(index)
-        runs.remove_partial(path)
-        self.finished = _epochs(path)
-        if self.finished >= 0:
-            self.snapshots, self.accuracy, self.state = Trajectory.open(path).whole()
+        whole = folder / file_name(index)
+        runs.remove_partial(whole)
+        if whole.is_file():
+            self.snapshots, self.accuracy, self.state = Trajectory.open(whole).whole()
+        self.finished = self.epochs
         for path in sorted(self.folder.glob("rows-*.safetensors")):
             self._take(path)
         self._kept, self._when = len(self.snapshots), time.monotonic()
